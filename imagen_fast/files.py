@@ -1,0 +1,102 @@
+"""Writing results so that a file under its final name is always whole.
+
+Everything is written beside its destination under a temporary name and moved there in one step, so that a full disk
+or an interrupted run leaves either the old file or none, never half of the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Raise `OutputError` now if `path` could not be written later; return it as a `Path`.
+
+    The parent directory is created if it is missing. Call this before work that would be lost.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a directory")
+    _make_directory(path.parent)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the name `path`, on failure it is removed.
+
+    Raises:
+        OutputError: the file cannot be created, written (a full disk) or moved into place.
+    """
+    path = Path(path)
+    _make_directory(path.parent)
+    # The suffix stays: writers such as PIL choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`; on success it replaces `path`, on failure it is removed.
+
+    Raises:
+        OutputError: the directory cannot be created, filled (a full disk) or moved into place, or `path` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a file, not a directory")
+    _make_directory(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
+        if path.exists():
+            os.replace(path, retired)
+        os.replace(temporary, path)
+    except OSError as error:
+        if retired.exists() and not path.exists():
+            os.replace(retired, path)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create directory {path}: {error.strerror}") from error
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Some file systems report a full disk only here."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
