@@ -1,0 +1,1 @@
+"""The reference Imagen in plain PyTorch: text encoder, U-Nets, cascade."""
