@@ -1,0 +1,361 @@
+"""Which backend serves a call, and why.
+
+An op has up to four backends: `eager` (plain PyTorch, always there), `cpu` (C++), `triton` and `cuda` (CUDA C++). Each
+one declares as data what it needs of a call: a device, and a table of `Requirement`s, each of which says why a call
+does not meet it. `auto` takes the first backend in the device's order of preference that has everything it needs.
+
+Nothing falls back in silence: `auto` that lands on `eager` on a device that has a kernel says so, once per op and
+reason, on the logger "imagen_fast"; in strict mode it raises. A forced backend that cannot serve a call raises too.
+
+The choice is plain Python over thread-local state, so `torch.compile` makes it while tracing, guards that state, and
+traces anew when it has changed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from . import _native
+from .errors import UserError
+
+logger = logging.getLogger("imagen_fast")
+
+NAMES = ("eager", "cpu", "triton", "cuda")
+
+# Fastest first. A device that is not listed has no kernels: everything runs on `eager` there.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+
+
+class BackendError(UserError, RuntimeError):
+    """No such backend, or a backend that was asked for cannot serve the call; the message says why."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, known))}"
+
+
+# ---- What the machine offers
+
+
+def _cuda_unavailable() -> str | None:
+    return "the CUDA library is not built"
+
+
+def _triton_unavailable() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "eager": lambda: None,
+    "cpu": _native.unavailable_reason,
+    "triton": _triton_unavailable,
+    "cuda": _cuda_unavailable,
+}
+
+
+def _traced_as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compiler.assume_constant_result` does, without its import of Dynamo, which takes seconds.
+
+    While tracing, the function is called for real and its result baked in.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_reasons: dict[str, str | None] = {}
+
+
+@_traced_as_constant
+def _unavailable(name: str) -> str | None:
+    if name not in _reasons:
+        _reasons[name] = _UNAVAILABLE[name]()
+    return _reasons[name]
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why the backend `name` cannot be used on this machine at all, or None if it can (see also `explain`)."""
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}; {nearest(name, NAMES)}")
+    return _unavailable(name)
+
+
+# ---- What is asked for
+
+
+class _Selection(NamedTuple):
+    backend: str
+    strict: bool
+    outer: _Selection | None
+
+
+def _from_environment() -> _Selection:
+    strict = os.environ.get("IMAGEN_FAST_STRICT", "").strip().lower() not in ("", "0", "false", "no", "off")
+    return _Selection(os.environ.get("IMAGEN_FAST_BACKEND", "").strip() or "auto", strict, None)
+
+
+class _State(threading.local):
+    selection: _Selection = _from_environment()
+
+
+_state = _State()
+
+
+class use_backend(ContextDecorator):  # noqa: N801 (reads as a statement: `with use_backend("triton"):`)
+    """Choose the backend of every op called in this block, by this thread; nests, and decorates functions too.
+
+    The default comes from the environment: `IMAGEN_FAST_BACKEND`, read once (`auto` without it), and
+    `IMAGEN_FAST_STRICT=1`. A backward pass runs on the backend of its forward pass.
+
+    Args:
+        name: "auto", "eager", "cpu", "triton" or "cuda". A backend that cannot serve a call makes that call raise
+            `BackendError`, with the reason; "auto" takes the fastest one that can.
+        strict: whether "auto" raises, instead of logging, when it would land on `eager` on a device that has a kernel.
+            None leaves it as it is.
+
+    Raises:
+        BackendError: there is no backend of that name.
+
+    Example:
+        >>> with imagen_fast.use_backend("eager"):
+        ...     image = model(noise)
+        >>> with imagen_fast.use_backend("auto", strict=True):  # an error instead of a slow surprise
+        ...     image = model(noise)
+    """
+
+    def __init__(self, name: str, *, strict: bool | None = None) -> None:
+        if name != "auto" and name not in NAMES:
+            raise BackendError(f"unknown backend {name!r}; {nearest(str(name), ('auto', *NAMES))}")
+        self.name = name
+        self.strict = strict
+
+    def __enter__(self) -> None:
+        outer = _state.selection
+        _state.selection = _Selection(self.name, outer.strict if self.strict is None else self.strict, outer)
+
+    def __exit__(self, *exception: object) -> None:
+        outer = _state.selection.outer
+        assert outer is not None
+        _state.selection = outer
+
+
+# ---- What a backend needs of a call
+
+# None where the call has what is needed, else the reason for an error message. Reasons name kinds (a dtype, a layout),
+# not sizes, so that a log with one line per reason stays short.
+Requirement = Callable[[Any], str | None]
+
+_DTYPE_NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+def dtypes(argument: str, *supported: torch.dtype) -> Requirement:
+    """The tensor `argument` of the call has one of the dtypes `supported`."""
+    reasons = {
+        dtype: f"{argument} is {name}; it needs {' or '.join(_DTYPE_NAMES[dtype] for dtype in supported)}"
+        for dtype, name in _DTYPE_NAMES.items()
+        if dtype not in supported
+    }
+    return lambda call: reasons.get(getattr(call, argument).dtype)
+
+
+def no_gradient(*arguments: str) -> Requirement:
+    """No gradient is asked for: for backends without a backward pass."""
+
+    def unmet(call: Any) -> str | None:
+        if torch.is_grad_enabled():
+            for argument in arguments:
+                tensor = getattr(call, argument)
+                if tensor is not None and tensor.requires_grad:
+                    return f"{argument} requires a gradient, and this backend has no backward pass"
+        return None
+
+    return unmet
+
+
+Call = TypeVar("Call", bound=tuple)
+
+
+@dataclass(frozen=True)
+class Backend(Generic[Call]):
+    """One implementation of an op: how it runs a checked call, and what it needs of it besides its device."""
+
+    name: str
+    run: Callable[[Call], Any]
+    requires: tuple[Requirement, ...] = ()
+
+
+_OPS: dict[str, Op[Any]] = {}
+
+
+class Op(Generic[Call]):
+    """An op's backends and the choice between them. The module of each op makes one.
+
+    Args:
+        name: the name of the public function.
+        check: takes the arguments of the public function, raises `TypeError` or `ValueError` for wrong ones, and returns
+            the call as a named tuple. Its first field is the tensor whose device decides.
+        backends: in any order; `eager` must be among them.
+        notes: what `explain` should add about a call, such as a copy that it needs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., Call],
+        backends: Sequence[Backend[Call]],
+        notes: Callable[[Call], Sequence[str]] = lambda call: (),
+    ) -> None:
+        self.name = name
+        self.check = check
+        self.backends = {backend.name: backend for backend in backends}
+        self.notes = notes
+        self._candidates = {
+            device: tuple(self.backends[name] for name in order if name in self.backends)
+            for device, order in PREFERENCE.items()
+        }
+        _OPS[name] = self
+
+    def run(self, call: Call) -> Any:
+        """Run a checked call on the backend that is selected for it."""
+        return self.choose(call).run(call)
+
+    def choose(self, call: Call) -> Backend[Call]:
+        """The backend for a checked call; raises `BackendError` where a forced one, or strict mode, says no."""
+        selection = _state.selection
+        if selection.backend != "auto":
+            reason = self.unmet(selection.backend, call)
+            if reason is not None:
+                _refuse(self.name, selection.backend, reason)
+            return self.backends[selection.backend]
+        reasons = ""
+        for backend in self._candidates.get(call[0].device.type, ()):
+            reason = self.unmet(backend.name, call)
+            if reason is None:
+                if reasons:
+                    _report_fallback(self.name, reasons, selection.strict)
+                return backend
+            reasons = f"{reasons}{'; ' if reasons else ''}{backend.name}: {reason}"
+        return self.backends["eager"]
+
+    def unmet(self, name: str, call: Call) -> str | None:
+        """Why the backend `name` cannot serve a checked call, or None if it can."""
+        if name == "eager":
+            return None
+        backend = self.backends.get(name)
+        if backend is None:
+            if name not in NAMES:  # from the environment; use_backend checks
+                return f"IMAGEN_FAST_BACKEND names no backend; known: auto, {', '.join(NAMES)}"
+            return f"it is not implemented there (it is on: {', '.join(self.backends)})"
+        device = call[0].device.type
+        if name not in PREFERENCE.get(device, ()):
+            return f"the tensors are on {device}"
+        reason = _unavailable(name)
+        if reason is not None:
+            return reason
+        for requirement in backend.requires:
+            reason = requirement.unmet(call)
+            if reason is not None:
+                return reason
+        return None
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """See the function `explain`."""
+        call = self.check(*args, **kwargs)
+        preferred = PREFERENCE.get(call[0].device.type, ("eager",))
+        reasons = {name: self.unmet(name, call) for name in (*preferred, *(n for n in NAMES if n not in preferred))}
+        try:
+            chosen, error = self.choose(call).name, None
+        except BackendError as refusal:
+            chosen, error = None, str(refusal)
+        return Explanation(self.name, chosen, _state.selection.backend, reasons, tuple(self.notes(call)), error)
+
+
+@_traced_as_constant
+def _refuse(op: str, backend: str, reason: str) -> None:
+    raise BackendError(f"{op} cannot run on backend {backend!r}: {reason}")
+
+
+_reported: set[tuple[str, str]] = set()
+
+
+@_traced_as_constant
+def _report_fallback(op: str, reason: str, strict: bool) -> None:
+    if strict:
+        raise BackendError(f"{op} would fall back to eager PyTorch, which strict mode forbids ({reason})")
+    if (op, reason) not in _reported:
+        _reported.add((op, reason))
+        logger.warning("%s falls back to eager PyTorch (%s)", op, reason)
+
+
+# ---- explain
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `print` shows it as a table.
+
+    Attributes:
+        op: the name of the op.
+        backend: the backend that would run the call, or None if the call would raise.
+        selection: what was asked for: "auto" or the name of a backend.
+        reasons: every backend, fastest first, with the reason why it cannot serve the call, or None if it can.
+        notes: what else happens in the call, such as a copy of a tensor.
+        error: what the call would raise as a `BackendError`, or None.
+    """
+
+    op: str
+    backend: str | None
+    selection: str
+    reasons: dict[str, str | None]
+    notes: tuple[str, ...]
+    error: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plain dictionary, for JSON."""
+        return asdict(self) | {"notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        lines = [f"{self.op}: {self.error or f'runs on {self.backend} ({self.selection})'}"]
+        for name, reason in self.reasons.items():
+            verdict = reason or ("chosen" if name == self.backend else "could serve this call")
+            lines.append(f"  {name:<{width}}  {verdict}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would run this call of an op, and why not the others. Nothing is run.
+
+    Args:
+        op: the op or its name, such as "group_norm_act".
+        args, kwargs: the op's arguments, exactly as for the op itself.
+
+    Raises:
+        ValueError: there is no op of that name.
+        TypeError, ValueError: whatever the op raises for wrong arguments.
+
+    Example:
+        >>> print(imagen_fast.explain("group_norm_act", x[:, :, ::2], 32))
+        group_norm_act: runs on cpu (auto)
+          cpu     chosen
+          eager   could serve this call
+          triton  the tensors are on cpu
+          cuda    the tensors are on cpu
+          note: x will be copied: its strides are neither dense NCHW nor dense NHWC
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _OPS:
+        raise UserError(f"unknown op {name!r}; {nearest(name, sorted(_OPS))}")
+    return _OPS[name].explain(*args, **kwargs)

@@ -1,0 +1,93 @@
+"""The ops as modules, with the parameters and `state_dict` of the PyTorch modules that they replace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops._checks import one_of
+from .reference.group_norm_act import ACTIVATIONS
+
+
+class GroupNormAct(nn.Module):
+    """`nn.GroupNorm`, an optional scale and shift, and an activation in one: `ops.group_norm_act` as a module.
+
+    Its parameters are those of `nn.GroupNorm(num_groups, num_channels, eps, affine)`, in the `state_dict` too.
+
+    Args:
+        num_groups: the number of groups; it divides `num_channels`.
+        num_channels: C of the input (B, C, positions...).
+        activation: "silu", "gelu", "gelu_tanh" or None.
+        eps: added to the variance.
+        affine: whether there are a weight and a bias, (C,) each.
+
+    Example:
+        >>> norm = imagen_fast.nn.GroupNormAct(32, 128)
+        >>> h = norm(x, scale, shift)  # x (B, 128, H, W); scale and shift (B, 128), each optional
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        activation: str | None = "silu",
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"num_groups must divide num_channels = {num_channels}, got {num_groups}")
+        one_of("activation", activation, tuple(ACTIVATIONS))
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+        self.activation = activation
+        self.eps = eps
+        self.affine = affine
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_group_norm(cls, norm: nn.GroupNorm, activation: str | None = "silu") -> GroupNormAct:
+        """A module that shares the parameters of `norm` (the same tensors, not copies) and its training mode."""
+        if not isinstance(norm, nn.GroupNorm):
+            raise TypeError(f"norm must be an nn.GroupNorm, got {type(norm).__name__}")
+        module = cls(norm.num_groups, norm.num_channels, activation, norm.eps, norm.affine, device="meta")
+        module.weight, module.bias = norm.weight, norm.bias
+        return module.train(norm.training)
+
+    def reset_parameters(self) -> None:
+        """Weights of 1 and biases of 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """x (B, C, positions...); scale and shift (B, C), or broadcastable to it, each optional."""
+        return ops.group_norm_act(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            scale=scale,
+            shift=shift,
+            activation=self.activation,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_groups}, {self.num_channels}, activation={self.activation!r}, eps={self.eps}, "
+            f"affine={self.affine}"
+        )

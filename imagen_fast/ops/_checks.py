@@ -1,0 +1,51 @@
+"""Checks that ops share. An error names the argument, what it got and what it needs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backends import nearest
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def floating(name: str, x: Tensor) -> None:
+    """x is a tensor of one of the four dtypes that ops compute in."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def parameter(name: str, p: Tensor, x: Tensor) -> None:
+    """p may stand beside x: on its device, and of its dtype, or any two of 16 and 32 bits."""
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(p).__name__}")
+    if p.dtype != x.dtype and (p.dtype not in FLOATING[:3] or x.dtype not in FLOATING[:3]):
+        needed = "float64" if x.dtype == torch.float64 else "float16, bfloat16 or float32"
+        raise TypeError(f"{name} must be {needed} beside an x of {x.dtype}, got {p.dtype}")
+    if p.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, where x is, got {p.device}")
+
+
+def integer(name: str, value: int, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def not_negative(name: str, value: float) -> None:
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+def one_of(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        names = [option for option in known if option is not None]
+        raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), names)}{' or None' if None in known else ''}")

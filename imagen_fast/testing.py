@@ -1,0 +1,172 @@
+"""Is a result as accurate as eager PyTorch's? The one place where tolerances live.
+
+A fixed tolerance is either too tight for one dtype or shape or too loose for another. What can be asked of a faster
+kernel is that it is no less accurate than what it replaces. So three results are compared, all from the same inputs:
+
+    ours    the result under test
+    eager   plain PyTorch in the same dtype
+    truth   plain PyTorch in float64, from the inputs (already rounded to their dtype) cast up
+
+and the error of ours against the truth may be at most twice the error of eager against the truth, plus a floor. This is
+the rule by which FlashAttention is tested (Dao-AILab/flash-attention, `tests/test_flash_attn.py`).
+
+Example, for a kernel:
+    >>> truth = ops.group_norm_act(x.double(), 32, w.double(), b.double())
+    >>> with imagen_fast.use_backend("eager"):
+    ...     eager = ops.group_norm_act(x, 32, w, b)
+    >>> assert_as_accurate(ops.group_norm_act(x, 32, w, b), eager, truth)
+
+and for a model of your own:
+    >>> truth = copy.deepcopy(model).double()(x.double())
+    >>> eager = model(x)
+    >>> imagen_fast.accelerate(model)
+    >>> assert_model_as_accurate(model(x), eager, truth)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["assert_as_accurate", "assert_model_as_accurate"]
+
+# How much worse than eager's an error may be: of one op's result, and of a whole model's output.
+_OP_FACTOR = 2.0
+_MODEL_FACTOR = 1.5
+
+# The floors, in ulp: relative to the largest value of the truth for the largest error, to its root mean square for the
+# root mean square error. A correctly rounded result is within 0.5 and 0.3 of them.
+_LARGEST_ULPS = 2.0
+_MEAN_ULPS = 0.5
+
+# In float32 on the CPU, results whose long sums are taken in another order differ by this much, relatively.
+_FLOAT32_ON_CPU = 1e-5
+
+# The truth itself is rounded in float64, so that a float64 result can only be held to the round-off of its long sums.
+_FLOAT64 = 1e-12
+
+
+def assert_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "result") -> None:
+    """Assert that the error of `ours` is at most twice that of `eager`, plus a floor of a few ulp.
+
+    Both the largest error and the root mean square error over all elements are held to it: the first finds one wrong
+    element, the second a small deviation everywhere. The floor is 2 ulp of the truth's largest magnitude, and half an ulp
+    of its root mean square; in float32 on the CPU it is 1e-5 of either, in float64 1e-12.
+
+    NaN and infinities are no errors where `truth` or `eager` has the same at the same place, and an error anywhere else.
+    So is a finite value where both have none.
+
+    Args:
+        ours, eager: two tensors of one shape, floating dtype and device.
+        truth: a float64 tensor of that shape.
+        name: what the result is called in the message.
+
+    Raises:
+        AssertionError: with the worst element, its place, the errors and what was allowed.
+        TypeError: `truth` is not float64, or `ours` not floating.
+
+    Example: see the top of `imagen_fast.testing`.
+    """
+    _check_comparable(ours, eager, truth, name)
+    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
+    _check_not_finite(ours64, eager64, truth, name)
+    our_error, eager_error = _error(ours64, truth), _error(eager64, truth)
+    if not our_error.numel():
+        return
+    magnitude = truth.abs().where(truth.isfinite(), 0.0)
+
+    largest_allowed = _OP_FACTOR * eager_error.max().item() + _floor(ours, _LARGEST_ULPS) * magnitude.max().item()
+    if our_error.max().item() > largest_allowed:
+        place = tuple(int(i) for i in torch.unravel_index(our_error.argmax(), our_error.shape))
+        raise AssertionError(
+            f"{name} is less accurate than eager PyTorch: its largest error is {our_error.max().item():.3g}, "
+            f"at {place}: ours {ours64[place].item():.9g}, eager {eager64[place].item():.9g}, "
+            f"truth {truth[place].item():.9g}\n"
+            f"allowed: {largest_allowed:.3g}, from eager's largest error {eager_error.max().item():.3g} and the truth's "
+            f"largest magnitude {magnitude.max().item():.3g} in {ours.dtype}\n"
+            f"{int((our_error > largest_allowed).sum())} of {our_error.numel()} elements, shape {tuple(ours.shape)}, "
+            f"are over it"
+        )
+    mean_allowed = _OP_FACTOR * _rms(eager_error) + _floor(ours, _MEAN_ULPS) * _rms(magnitude)
+    if _rms(our_error) > mean_allowed:
+        raise AssertionError(
+            f"{name} is less accurate than eager PyTorch all over: its root mean square error is {_rms(our_error):.3g}\n"
+            f"allowed: {mean_allowed:.3g}, from eager's {_rms(eager_error):.3g} and the truth's root mean square "
+            f"{_rms(magnitude):.3g} in {ours.dtype}, shape {tuple(ours.shape)}"
+        )
+
+
+def assert_model_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "output") -> None:
+    """Assert that the relative error of a whole model's output is at most 1.5 times that of eager PyTorch.
+
+    The relative error is |y - truth| / |truth| in the 2-norm over all elements. NaN and infinities as in
+    `assert_as_accurate`.
+
+    Args:
+        ours, eager: the output of the accelerated and of the original model, of one shape, floating dtype and device.
+        truth: the output of the original model in float64.
+        name: what the output is called in the message.
+
+    Raises:
+        AssertionError: with both errors.
+        TypeError: `truth` is not float64, or `ours` not floating.
+
+    Example: see the top of `imagen_fast.testing`.
+    """
+    _check_comparable(ours, eager, truth, name)
+    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
+    _check_not_finite(ours64, eager64, truth, name)
+    size = _rms(truth.where(truth.isfinite(), 0.0)) or 1.0
+    our_error, eager_error = _rms(_error(ours64, truth)) / size, _rms(_error(eager64, truth)) / size
+    allowed = _MODEL_FACTOR * eager_error + (_FLOAT64 if ours.dtype == torch.float64 else 0.0)
+    if our_error > allowed:
+        raise AssertionError(
+            f"{name} is less accurate than the eager model's: relative error {our_error:.3g}, "
+            f"eager's {eager_error:.3g} in {ours.dtype}, allowed {allowed:.3g}"
+        )
+
+
+def _check_comparable(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:
+    if truth.dtype != torch.float64:
+        raise TypeError(f"truth must be float64, got {truth.dtype}")
+    if not ours.dtype.is_floating_point:
+        raise TypeError(f"ours must be floating, got {ours.dtype}")
+    if ours.dtype != eager.dtype:
+        raise AssertionError(f"{name} is {ours.dtype}, eager's is {eager.dtype}")
+    if not ours.shape == eager.shape == truth.shape:
+        shapes = (tuple(tensor.shape) for tensor in (ours, eager, truth))
+        raise AssertionError("{} has shape {}, eager's {}, the truth {}".format(name, *shapes))
+
+
+def _check_not_finite(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:
+    """NaN and each infinity stand where eager or the truth has the same."""
+    agrees = _same_kind(ours, truth) | _same_kind(ours, eager)
+    if not agrees.all():
+        place = tuple(int(i) for i in (~agrees).nonzero()[0])
+        raise AssertionError(
+            f"{name} has {ours[place].item():.9g} at {place}, where eager has {eager[place].item():.9g} and the truth is "
+            f"{truth[place].item():.9g}; {int((~agrees).sum())} of {agrees.numel()} elements differ so"
+        )
+
+
+def _same_kind(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a.isfinite(), b.isfinite(), (a == b) | (a.isnan() & b.isnan()))
+
+
+def _error(y: Tensor, truth: Tensor) -> Tensor:
+    """|y - truth| where both are finite, else 0."""
+    return (y - truth).abs().where(y.isfinite() & truth.isfinite(), 0.0)
+
+
+def _floor(ours: Tensor, ulps: float) -> float:
+    if ours.dtype == torch.float64:
+        return _FLOAT64
+    if ours.dtype == torch.float32 and ours.device.type == "cpu":
+        return _FLOAT32_ON_CPU
+    return ulps * torch.finfo(ours.dtype).eps
+
+
+def _rms(values: Tensor) -> float:
+    return math.sqrt(values.square().mean().item()) if values.numel() else 0.0
