@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import CheckpointError
+from .checkpoint import load_state, read_config, save_directory
 from .config import T5Config
 from .layers import T5Block, T5RMSNorm
-from .tokenizer import ByteTokenizer, Padding, Tokenizer
+from .tokenizer import ByteTokenizer, Padding, Tokenizer, load_tokenizer
 
 
 class TextFeatures(NamedTuple):
@@ -104,6 +108,77 @@ class T5Encoder(nn.Module):
         device = self.embedding.weight.device
         input_ids, mask = input_ids.to(device), mask.to(device)
         return TextFeatures(self(input_ids, mask), mask)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        variant: str | None = None,
+    ) -> T5Encoder:
+        """The encoder of a Hugging Face directory of T5, T5 v1.1, mT5, umT5 or ByT5, in evaluation mode.
+
+        The directory holds config.json and safetensors, whole or in shards, of the encoder alone or of the full model
+        (the decoder is left unread). Everything is checked before the first tensor is loaded, and tensors are loaded
+        one by one into place, so that T5-XXL needs the memory of its weights once.
+
+        Args:
+            directory: where the checkpoint is.
+            dtype: of the weights; if None what config.json says, or else that of the stored embedding. An fp16 model
+                keeps its feed-forward output weights in fp32.
+            device: where the weights go; the CPU if None.
+            tokenizer: a directory with tokenizer.json, spiece.model, or ByT5's tokenizer_config.json. If None,
+                `directory` itself or else the folder "tokenizer" beside it, as in pipelines of diffusers. Without any
+                of these files the encoder has no tokenizer.
+            variant: "fp16" reads model.fp16.safetensors, or its shards.
+
+        Raises:
+            CheckpointError: a file or tensor is missing, or one cannot be used; the message names it.
+            TypeError: `dtype` is not a floating-point dtype.
+
+        Example:
+            >>> encoder = T5Encoder.from_pretrained("t5-v1_1-xxl", dtype=torch.bfloat16)  # doctest: +SKIP
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        directory = Path(directory)
+        config, config_dtype = read_config(directory)
+        with torch.device("meta"):
+            encoder = cls(config)
+        shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+        if tokenizer is not None:
+            encoder.tokenizer = load_tokenizer(Path(tokenizer))
+            if encoder.tokenizer is None:
+                raise CheckpointError(f"{tokenizer} holds no tokenizer")
+        else:
+            found = load_tokenizer(directory) or load_tokenizer(directory.absolute().parent / "tokenizer")
+            encoder.tokenizer = found or encoder.tokenizer
+        state = load_state(directory, shapes, dtype or config_dtype, device, variant)
+        encoder.load_state_dict(state, assign=True)
+        return encoder.eval()
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Write the encoder and its tokenizer as a directory that `from_pretrained` and Hugging Face transformers
+        (`T5EncoderModel`, or `UMT5EncoderModel` with `bias_per_layer`) read.
+
+        Args:
+            directory: created, or replaced if it holds such a checkpoint; it appears only once it is whole.
+            dtype: of the stored weights; theirs if None.
+            max_shard_bytes: weights beyond this go into several files.
+
+        Raises:
+            OutputError: the directory cannot be written, or holds files that are no part of a checkpoint.
+        """
+        files = {} if self.tokenizer is None else self.tokenizer.files()
+        save_directory(Path(directory), self.config, self.state_dict(), dtype, files, max_shard_bytes)
 
     @staticmethod
     def _check(input_ids: Tensor, attention_mask: Tensor | None) -> None:

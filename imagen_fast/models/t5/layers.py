@@ -27,9 +27,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class T5RMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x**2) + eps)` over the last dimension, the mean square taken in fp32.
+    """`weight * x / sqrt(mean(x**2) + eps)` over the last dimension, the mean square taken in fp32 (fp64 of fp64).
 
-    With a 16-bit weight the normalised value is rounded to it first and multiplied after.
+    With a 16-bit weight the normalised value is rounded to its dtype first and multiplied after.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -38,7 +38,7 @@ class T5RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().square().mean(-1, keepdim=True)
+        mean_square = _at_least_fp32(x).square().mean(-1, keepdim=True)
         x = x * torch.rsqrt(mean_square + self.eps)
         if self.weight.dtype in (torch.float16, torch.bfloat16):
             x = x.to(self.weight.dtype)
@@ -112,12 +112,12 @@ class T5Attention(nn.Module):
             x: (B, L, d_model).
             bias: what `T5RelativeBias` returned, (1, heads, L, L).
             key_mask: (B, L) bool, True where a token may be attended to. A sentence without such a token attends to all
-                its tokens alike: the lowest fp32 value takes the place of their scores, which keeps NaN away.
+                its tokens alike: the lowest finite value takes the place of their scores, which keeps NaN away.
         """
         q = self._split_heads(self.q(x))  # (B, heads, L, d_kv)
         k = self._split_heads(self.k(x))
         v = self._split_heads(self.v(x))
-        scores = (q @ k.transpose(-1, -2)).float() + bias  # (B, heads, L, L), fp32
+        scores = _at_least_fp32(q @ k.transpose(-1, -2)) + bias  # (B, heads, L, L)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
         weights = F.dropout(scores.softmax(-1), self.dropout_rate, self.training)
@@ -195,6 +195,10 @@ class T5Block(nn.Module):
         x = clamp_fp16(x + self.dropout(self.attention(self.attention_norm(x), bias, key_mask)))
         x = clamp_fp16(x + self.dropout(self.ffn(self.ffn_norm(x))))
         return x, bias
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def clamp_fp16(x: Tensor) -> Tensor:

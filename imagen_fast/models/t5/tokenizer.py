@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ...config import read_json
+from ...errors import CheckpointError
 
 Padding = Literal["longest", "max_length"]
 
@@ -44,6 +49,10 @@ class Tokenizer(ABC):
     def tokenize(self, prompt: str) -> Tokens:
         """The tokens of one prompt, without an end token."""
 
+    def files(self) -> dict[str, bytes]:
+        """The files, by name, from which `load_tokenizer` makes this tokenizer again."""
+        return {}
+
     def __call__(
         self, prompts: str | Sequence[str], max_length: int | None = None, padding: Padding = "longest"
     ) -> TokenIds:
@@ -57,7 +66,8 @@ class Tokenizer(ABC):
 
         Raises:
             TypeError: `prompts` holds something other than strings.
-            ValueError: `max_length` is below 1, or missing where `padding` needs it; `padding` is unknown.
+            ValueError: a prompt is no valid Unicode; `max_length` is below 1, or missing where `padding` needs it;
+                `padding` is unknown.
         """
         prompts = check_prompts(prompts)
         if max_length is not None and max_length < 1:
@@ -79,6 +89,7 @@ class Tokenizer(ABC):
     def _cut(self, prompt: str, max_length: int | None) -> Tokens:
         """The tokens of `prompt` that fit before the end token; warns of what the model will not see."""
         tokens = self.tokenize(prompt)
+        self._warn_of_unknown(prompt, tokens)
         if max_length is not None and len(tokens.ids) > max_length - 1:
             tokens = _whole_characters(tokens, max_length - 1)
             kept = max((end for _, end in tokens.spans), default=0)
@@ -89,6 +100,18 @@ class Tokenizer(ABC):
                 stacklevel=4,
             )
         return tokens
+
+    def _warn_of_unknown(self, prompt: str, tokens: Tokens) -> None:
+        unknown = [
+            prompt[slice(*span)] for token, span in zip(tokens.ids, tokens.spans, strict=True) if token == self.unk_id
+        ]
+        characters = dict.fromkeys(character for text in unknown for character in text if not character.isspace())
+        if characters:
+            warnings.warn(
+                f"this model's vocabulary has no {', '.join(characters)}: in the prompt {_shorten(prompt)} the model "
+                "cannot read them",
+                stacklevel=5,
+            )
 
 
 class ByteTokenizer(Tokenizer):
@@ -114,9 +137,123 @@ class ByteTokenizer(Tokenizer):
             spans += [(i, i + 1)] * len(encoded)
         return Tokens(ids, spans)
 
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer_config.json": _json({"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125})}
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face, read by the package `tokenizers`.
+
+    Raises:
+        ImportError: `tokenizers` is not installed.
+        CheckpointError: the file cannot be read, or knows no `</s>` and `<pad>`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError as error:
+            raise _missing_package(path, "tokenizers") from error
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the package raises bare Exceptions
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size = self._backend.get_vocab_size()
+        self.eos_id = _special_token(path, "</s>", self._backend.token_to_id("</s>"))
+        self.pad_id = _special_token(path, "<pad>", self._backend.token_to_id("<pad>"))
+        unk_id = self._backend.token_to_id("<unk>")
+        self.unk_id = -1 if unk_id is None else unk_id
+
+    def tokenize(self, prompt: str) -> Tokens:
+        encoding = self._backend.encode(prompt, add_special_tokens=False)
+        return Tokens(encoding.ids, encoding.offsets)
+
+    def files(self) -> dict[str, bytes]:
+        names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        return {
+            "tokenizer.json": self._backend.to_str().encode(),
+            "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast", **names}),
+        }
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A spiece.model, read by the package `sentencepiece` (0.2.3 or later).
+
+    Raises:
+        ImportError: `sentencepiece` is not installed.
+        CheckpointError: the file cannot be read, or knows no `</s>` and `<pad>`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise _missing_package(path, "sentencepiece") from error
+        try:
+            self._backend = SentencePieceProcessor(model_proto=path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is not a SentencePiece model: {error}") from error
+        self.vocab_size = self._backend.vocab_size()
+        self.eos_id = _special_token(path, "</s>", self._backend.eos_id())
+        self.pad_id = _special_token(path, "<pad>", self._backend.pad_id())
+        self.unk_id = self._backend.unk_id()
+
+    def tokenize(self, prompt: str) -> Tokens:
+        pieces = self._backend.encode(prompt, out_type="offset_mapping")
+        return Tokens(pieces["ids"], pieces["offsets"])
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            "spiece.model": self._backend.serialized_model_proto(),
+            "tokenizer_config.json": _json({"tokenizer_class": "T5Tokenizer"}),
+        }
+
+
+class MissingTokenizer(Tokenizer):
+    """Stands for a tokenizer whose package is not installed: the encoder can be used with token ids, and the first
+    prompt raises the `ImportError` that says what to install."""
+
+    def __init__(self, error: ImportError) -> None:
+        self.vocab_size = 0
+        self.reason = str(error)
+
+    def tokenize(self, prompt: str) -> Tokens:
+        raise ImportError(self.reason)
+
+
+_TOKENIZER_FILES: dict[str, Callable[[Path], Tokenizer]] = {
+    "tokenizer.json": JsonTokenizer,
+    "spiece.model": SentencePieceTokenizer,
+}
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer whose files lie in `directory`; None if there are none.
+
+    Of several the first whose package is installed is taken, or a `MissingTokenizer` if none is.
+
+    Raises:
+        CheckpointError: a file cannot be used.
+    """
+    missing: ImportError | None = None
+    for file_name, tokenizer in _TOKENIZER_FILES.items():
+        if (directory / file_name).is_file():
+            try:
+                return tokenizer(directory / file_name)
+            except ImportError as error:
+                missing = missing or error
+    if missing is not None:
+        return MissingTokenizer(missing)
+    config = directory / "tokenizer_config.json"
+    if config.is_file() and read_json(config).get("tokenizer_class") == "ByT5Tokenizer":
+        return ByteTokenizer()
+    return None
+
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """`prompts` as a list; raises `TypeError` for anything but a string or a list or tuple of strings."""
+    """`prompts` as a list; raises `TypeError` or `ValueError` unless they are a string or a list of them."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, list | tuple):
@@ -124,6 +261,10 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be strings, got {type(prompt).__name__} at position {i}")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {_shorten(prompt)} is no valid Unicode at character {error.start}") from error
     return list(prompts)
 
 
@@ -136,3 +277,17 @@ def _whole_characters(tokens: Tokens, limit: int) -> Tokens:
 
 def _shorten(prompt: str, limit: int = 40) -> str:
     return repr(prompt if len(prompt) <= limit else prompt[: limit - 1] + "…")
+
+
+def _special_token(path: Path, name: str, token: int | None) -> int:
+    if token is None or token < 0:
+        raise CheckpointError(f"{path} has no token {name}, which T5 needs")
+    return token
+
+
+def _missing_package(path: Path, package: str) -> ImportError:
+    return ImportError(f"reading {path} needs the package {package}: pip install 'imagen-fast[text]'")
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
