@@ -1,7 +1,8 @@
 """Custom kernels for pixel-space text-to-image diffusion, and the Imagen system around them.
 
-Importing this package compiles nothing and needs no GPU, no Triton and no compiler. `models`, `diffusion` and
-`training` are imported when they are first used.
+Importing this package compiles nothing and needs no GPU, no Triton and no compiler. Its parts are imported when they
+are first used, so that `imagen-fast --help` does not wait for PyTorch; importing `imagen_fast.ops` registers the
+operators.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import nn, ops, testing
-from .backends import explain, use_backend
-
 if TYPE_CHECKING:
-    from . import diffusion, models
+    from . import diffusion, models, nn, ops, testing
+    from .backends import explain, use_backend
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "diffusion", "explain", "models", "nn", "ops", "testing", "use_backend"]
 
-_LAZY_MODULES = ("diffusion", "models")
+_MODULES = ("diffusion", "models", "nn", "ops", "testing")
+_MODULE_OF = {"explain": "backends", "use_backend": "backends"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

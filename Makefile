@@ -1,0 +1,78 @@
+# On a bare machine `make demo` and `make test` each set everything up first, in .venv with pinned versions: they need
+# Python 3.10 or newer and a C++ compiler. Set-up is remembered by the stamp files in .venv, so a second call starts at
+# once, and a change to the C++ sources compiles only what changed.
+#
+#   make demo    four pictures from sentences, eager and accelerated: out/demo.png and a table
+#   make test    the tests             (one file: make test ARGS=tests/test_cli.py)
+#   make lint    ruff, mypy, clang-format
+#   make bench   the benchmarks        (one op: make bench ARGS="--op group_norm_act")
+#   make clean   removes what was built and all caches; keeps .venv and your results
+#   make distclean   removes .venv too
+
+PYTHON ?= python3
+ARGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+COMPILER       := $(firstword $(foreach name,$(CXX) c++ g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+
+.PHONY: demo test lint bench clean distclean setup
+.DELETE_ON_ERROR:
+
+demo: setup
+	@mkdir -p out
+	@$(BIN)/imagen-fast demo --out out/demo.png $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest -q --durations=15 $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
+
+bench: setup
+	@$(BIN)/imagen-fast bench $(ARGS)
+
+clean:
+	rm -rf build dist imagen_fast/lib *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.package
+
+distclean: clean
+	rm -rf $(VENV)
+
+setup: $(VENV)/.package
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "imagen_fast needs Python 3.10 or newer and finds no '$(PYTHON)'. Install it, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "imagen_fast needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: its venv module is missing (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: requirements-torch.txt $(VENV)/.created
+	@echo "Installing PyTorch into $(VENV): once, and the longest part of the set-up."
+	$(PIP) install -c requirements.txt -r requirements-torch.txt
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.torch
+	@echo "Installing the other packages, as pinned in requirements.txt."
+	$(PIP) install -q -c requirements-torch.txt -r requirements.txt
+	@touch $@
+
+# Without a compiler the package still installs and runs on plain PyTorch. The stamp is then left out, so that the next
+# call looks for a compiler again.
+$(VENV)/.package: setup.py pyproject.toml $(NATIVE_SOURCES) $(VENV)/.requirements
+	$(if $(COMPILER),,@echo "No C++ compiler found (c++, g++, clang++, or CXX=...): the CPU kernels are not built and everything runs on plain PyTorch." >&2)
+	@echo "Building imagen_fast."
+	$(PIP) install -q -e . --no-build-isolation --no-deps
+	$(if $(COMPILER),@touch $@)
