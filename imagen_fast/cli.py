@@ -162,16 +162,20 @@ def _data(args: argparse.Namespace) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a configuration file, or the name of one that ships")
     parser.add_argument(
-        "--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help="override a key; may repeat"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of it, such as steps=100; may repeat",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and sample grids go (default: the config's)")
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .training import train
+    from .training.trainer import train
 
-    train(args.config, overrides=dict(args.set), out=args.out, resume=args.resume)
+    print(train(args.config, overrides=args.set, out=args.out, resume=args.resume, progress=sys.stderr.isatty()))
 
 
 @dataclass(frozen=True)
@@ -253,13 +257,6 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
-    return key, value
 
 
 def _parsed(kind: Callable[[str], Any], text: str) -> Any:

@@ -13,7 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import OutputError
+
+# What writers raise when the disk is full or the directory is gone.
+_WRITE_ERRORS = (OSError, SafetensorError)
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -22,8 +27,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     The parent directory is created if it is missing. Call this before work that would be lost.
     """
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory")
+    _refuse_special(path)
     _make_directory(path.parent)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
@@ -41,6 +45,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the file cannot be created, written (a full disk) or moved into place.
     """
     path = Path(path)
+    _refuse_special(path)
     _make_directory(path.parent)
     # The suffix stays: writers such as PIL choose the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -48,8 +53,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _flush_to_disk(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except _WRITE_ERRORS as error:
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,13 +82,30 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists():
             os.replace(path, retired)
         os.replace(temporary, path)
-    except OSError as error:
+    except _WRITE_ERRORS as error:
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+    finally:
         if retired.exists() and not path.exists():
             os.replace(retired, path)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _refuse_special(path: Path) -> None:
+    """A directory cannot be replaced by a file, and a device such as /dev/null must not be."""
+    # os.path, unlike pathlib, takes a name that is too long for one that does not exist; opening it says why.
+    if os.path.isdir(path):
+        raise OutputError(f"cannot write {path}: it is a directory")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"cannot write {path}: it is not a regular file")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, OSError):  # numpy: "1000 requested and 500 written"
+        return f"{error} (is the disk full?)"
+    return str(error)
 
 
 def _make_directory(path: Path) -> None:
