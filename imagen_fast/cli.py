@@ -150,12 +150,14 @@ def _bench(args: argparse.Namespace) -> int | None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=("emoji",), help="which data set: emoji, with English and Chinese captions")
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--font", metavar="FILE", help="a colour bitmap font (default: Debian's Noto Color Emoji)")
+    parser.add_argument("--annotations", metavar="DIR", help="CLDR's annotations (default: Debian's)")
 
 
 def _data(args: argparse.Namespace) -> None:
     from .training.emoji import build_dataset
 
-    dataset = build_dataset(args.out, progress=sys.stderr.isatty())
+    dataset = build_dataset(args.out, font=args.font, annotations_dir=args.annotations, progress=sys.stderr.isatty())
     print(f"{args.out}: {len(dataset)} pictures")
 
 
@@ -166,7 +168,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a key of it, such as steps=100; may repeat",
+        help="change a key, such as steps=100; may repeat",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and sample grids go (default: the config's)")
