@@ -1,0 +1,73 @@
+// The activations and their derivatives, on Vec<S>. At -inf all of them give NaN, as PyTorch's do.
+#pragma once
+
+#include "activation_codes.h"
+#include "vec_math.h"
+
+namespace imagen_fast::IMAGEN_FAST_ISA {
+
+struct Identity {
+  template <typename V>
+  static IMAGEN_FAST_INLINE V value(V t) {
+    return t;
+  }
+  template <typename V>
+  static IMAGEN_FAST_INLINE V slope(V) {
+    return V(1);
+  }
+};
+
+// t * logistic(t)
+struct Silu {
+  template <typename V>
+  static IMAGEN_FAST_INLINE V value(V t) {
+    return t * logistic(t).value;
+  }
+  template <typename V>
+  static IMAGEN_FAST_INLINE V slope(V t) {
+    const auto l = logistic(t);
+    return l.value * fma(t, l.complement, V(1));
+  }
+};
+
+// t * P(t), P the standard normal distribution
+struct Gelu {
+  template <typename V>
+  static IMAGEN_FAST_INLINE V probability_below(V t, V tail) {
+    return select(t >= V(0), V(1) - tail, tail);
+  }
+  template <typename V>
+  static IMAGEN_FAST_INLINE V value(V t) {
+    return t * probability_below(t, normal(t).tail);
+  }
+  template <typename V>
+  static IMAGEN_FAST_INLINE V slope(V t) {
+    const auto n = normal(t);
+    return fma(t * V(0.3989422804014327), n.bell, probability_below(t, n.tail));
+  }
+};
+
+// t * (1 + tanh(k)) / 2 = t * logistic(2 k), k = sqrt(2 / pi) (t + 0.044715 t^3)
+struct GeluTanh {
+  static constexpr double kFactor = 1.5957691216057308;  // 2 sqrt(2 / pi)
+  static constexpr double kCubic = 0.044715;
+
+  template <typename V>
+  static IMAGEN_FAST_INLINE V value(V t) {
+    return t * logistic(twice_k(t)).value;
+  }
+  template <typename V>
+  static IMAGEN_FAST_INLINE V slope(V t) {
+    const auto l = logistic(twice_k(t));
+    const V twice_k_slope = fma(t * t, V(3 * kFactor * kCubic), V(kFactor));
+    return fma(t * (l.value * l.complement), twice_k_slope, l.value);
+  }
+
+ private:
+  template <typename V>
+  static IMAGEN_FAST_INLINE V twice_k(V t) {
+    return t * fma(t * t, V(kFactor * kCubic), V(kFactor));
+  }
+};
+
+}  // namespace imagen_fast::IMAGEN_FAST_ISA

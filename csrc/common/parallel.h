@@ -1,0 +1,35 @@
+// PyTorch's thread pool, without a torch header: the CPU kernels may not include one (see number_formats.h).
+#pragma once
+
+#include <cstdint>
+
+namespace imagen_fast {
+
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+
+// Splits [0, n) into ranges of at least `grain`, one per thread; runs in the calling thread where that leaves one range.
+void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);
+
+int64_t num_threads();
+
+}  // namespace imagen_fast
+
+#ifdef IMAGEN_FAST_ISA
+namespace imagen_fast::IMAGEN_FAST_ISA {
+
+// body(begin, end) over [0, n). A thread is worth waking for about this many elements of a tensor.
+constexpr int64_t kElementsPerThread = 16384;
+
+template <typename Body>
+inline void parallel_for(int64_t n, int64_t elements_per_task, Body&& body) {
+  if (n <= 0) return;
+  const int64_t grain = (kElementsPerThread + elements_per_task - 1) / (elements_per_task > 0 ? elements_per_task : 1);
+  if (n <= grain) return body(int64_t{0}, n);
+  auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);
+  };
+  imagen_fast::parallel_for(n, grain, call, &body);
+}
+
+}  // namespace imagen_fast::IMAGEN_FAST_ISA
+#endif

@@ -1,0 +1,122 @@
+// Registers the CPU kernels of group_norm_act. The schemas, and the checks of what users pass, are in
+// imagen_fast/ops/group_norm_act.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "../common/cpu_capability.h"
+#include "../common/tensor.h"
+#include "problem.h"
+
+namespace imagen_fast {
+
+IMAGEN_FAST_DECLARE_KERNEL(void group_norm_act_forward(const group_norm_act::Forward&))
+IMAGEN_FAST_DECLARE_KERNEL(void group_norm_act_backward(const group_norm_act::Backward&))
+
+namespace group_norm_act {
+namespace {
+
+// Channels and positions are counted in memory order: (B, C, …) contiguous, or all of a position's channels together.
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  int64_t expected = sizes[1];
+  bool dense = sizes[1] == 1 || strides[1] == 1;
+  for (size_t i = sizes.size() - 1; i >= 2; --i) {
+    dense = dense && (sizes[i] == 1 || strides[i] == expected);
+    expected *= sizes[i];
+  }
+  dense = dense && (sizes[0] == 1 || strides[0] == expected);
+  STD_TORCH_CHECK(dense, "group_norm_act: x must be dense, contiguous or channels-last");
+  return true;
+}
+
+Parameter parameter(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  const bool per_sample = tensor->dim() == 2;
+  return {tensor->const_data_ptr(), dtype_of(*tensor), per_sample ? tensor->stride(0) : 0,
+          tensor->stride(per_sample ? 1 : 0)};
+}
+
+Problem problem(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                const std::optional<Tensor>& shift, int64_t activation) {
+  Problem p;
+  p.dtype = dtype_of(x);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.positions = 1;
+  for (int64_t i = 2; i < x.dim(); ++i) p.positions *= x.size(i);
+  // With one position the layouts are the same, and vectors are better filled along the channels.
+  p.channels_last = is_channels_last(x) || p.positions == 1;
+  p.groups = num_groups;
+  p.activation = static_cast<Activation>(activation);
+  p.weight = parameter(weight);
+  p.bias = parameter(bias);
+  p.scale = parameter(scale);
+  p.shift = parameter(shift);
+  STD_TORCH_CHECK(num_groups > 0 && p.channels % num_groups == 0, "group_norm_act: ", num_groups,
+                  " groups do not divide ", p.channels, " channels");
+  return p;
+}
+
+int32_t statistics_dtype(const Problem& p) {
+  return p.dtype == DType::kDouble ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
+                                           const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                                           const std::optional<Tensor>& shift, int64_t activation, double eps) {
+  const Problem p = problem(x, num_groups, weight, bias, scale, shift, activation);
+  Tensor y = uninitialized_like(x);
+  Tensor mean = uninitialized_matrix(p.batch, p.groups, statistics_dtype(p));
+  Tensor rstd = uninitialized_matrix(p.batch, p.groups, statistics_dtype(p));
+  if (x.numel() == 0) {
+    torch::stable::fill_(mean, 0);
+    torch::stable::fill_(rstd, NAN);
+    return {y, mean, rstd};
+  }
+  Forward f{p, eps, x.const_data_ptr(), y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()};
+  IMAGEN_FAST_KERNEL(group_norm_act_forward)(f);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                            int64_t num_groups, const std::optional<Tensor>& weight,
+                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                                            const std::optional<Tensor>& shift, int64_t activation) {
+  const Problem p = problem(x, num_groups, weight, bias, scale, shift, activation);
+  STD_TORCH_CHECK(p.positions == 1 || x.numel() == 0 || is_channels_last(dy) == is_channels_last(x),
+                  "group_norm_act: dy must have the memory layout of x");
+  Tensor dx = uninitialized_like(x);
+  Tensor sum_dt = uninitialized_matrix(p.batch, p.channels, statistics_dtype(p));
+  Tensor sum_dt_xhat = uninitialized_matrix(p.batch, p.channels, statistics_dtype(p));
+  if (x.numel() == 0) {
+    torch::stable::fill_(sum_dt, 0);
+    torch::stable::fill_(sum_dt_xhat, 0);
+    return {dx, sum_dt, sum_dt_xhat};
+  }
+  Backward f{p,
+             dy.const_data_ptr(),
+             x.const_data_ptr(),
+             mean.const_data_ptr(),
+             rstd.const_data_ptr(),
+             dx.mutable_data_ptr(),
+             sum_dt.mutable_data_ptr(),
+             sum_dt_xhat.mutable_data_ptr()};
+  IMAGEN_FAST_KERNEL(group_norm_act_backward)(f);
+  return {dx, sum_dt, sum_dt_xhat};
+}
+
+}  // namespace
+}  // namespace group_norm_act
+}  // namespace imagen_fast
+
+STABLE_TORCH_LIBRARY_IMPL(imagen_fast, CPU, library) {
+  library.impl("group_norm_act_cpu", TORCH_BOX(&imagen_fast::group_norm_act::forward));
+  library.impl("group_norm_act_backward_cpu", TORCH_BOX(&imagen_fast::group_norm_act::backward));
+}

@@ -1,0 +1,111 @@
+// What the forward and the backward kernel share: parameters, the layout of channels-last rows, dispatch on types.
+#pragma once
+
+#include "../common/activations.h"
+#include "../common/buffer.h"
+#include "../common/parallel.h"
+#include "../common/vec.h"
+#include "problem.h"
+
+namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act {
+
+using namespace imagen_fast::group_norm_act;
+
+template <typename S>
+inline S read(const Parameter& parameter, int64_t b, int64_t c, S absent) {
+  if (!parameter.data) return absent;
+  const int64_t i = b * parameter.stride_b + c * parameter.stride_c;
+  switch (parameter.dtype) {
+    case DType::kHalf: return widen(static_cast<const Half*>(parameter.data)[i]);
+    case DType::kBFloat16: return widen(static_cast<const BFloat16*>(parameter.data)[i]);
+    case DType::kFloat: return static_cast<const float*>(parameter.data)[i];
+    default: return static_cast<S>(static_cast<const double*>(parameter.data)[i]);
+  }
+}
+
+// t = xhat * multiplier + offset
+template <typename S>
+struct Affine {
+  S multiplier;
+  S offset;
+};
+
+template <typename S>
+inline Affine<S> channel_affine(const Problem& problem, int64_t b, int64_t c) {
+  const S scale = S(1) + read(problem.scale, b, c, S(0));
+  const S weight = read(problem.weight, 0, c, S(1));
+  const S bias = read(problem.bias, 0, c, S(0));
+  return {weight * scale, bias * scale + read(problem.shift, b, c, S(0))};
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether (sample, group) slabs, handed out whole, would leave threads idle.
+inline bool should_split_slabs(int64_t slabs, int64_t slab_size) {
+  const int64_t threads = num_threads();
+  return slab_size > kElementsPerThread && 4 * ceil_div(slabs, threads) * threads > 5 * slabs;
+}
+
+// Channels-last memory is a sequence of positions of `channels` values each. It is worked on in rows of `width` columns:
+// one position, or several where the channels alone would not fill the vectors.
+struct Columns {
+  explicit Columns(int64_t channels)
+      : channels(channels), positions(channels < 64 ? ceil_div(64, channels) : 1), width(channels * positions) {}
+
+  // array[c], c < channels, again for each further position of a row
+  template <typename S>
+  void repeat(S* array) const {
+    for (int64_t i = channels; i < width; ++i) array[i] = array[i - channels];
+  }
+
+  // The inverse for sums over columns: array[c] becomes the sum over the positions of a row.
+  template <typename S>
+  void fold(S* array) const {
+    for (int64_t i = channels; i < width; ++i) array[i % channels] += array[i];
+  }
+
+  const int64_t channels;
+  const int64_t positions;
+  const int64_t width;
+};
+
+// Channels-last samples are cut into blocks of positions. Their size depends on the shape alone, so that sums do not
+// depend on the number of threads.
+struct Blocks {
+  // About `bytes` each, and at most `most` positions: a sum over a block is a chain of that many additions.
+  Blocks(const Problem& problem, int64_t element_size, int64_t bytes, int64_t most)
+      : positions(problem.positions), size(bytes / (element_size * problem.channels)) {
+    size = size < 4 ? 4 : size > most ? most : size;
+    per_sample = ceil_div(positions, size);
+  }
+
+  int64_t begin(int64_t block) const { return block * size; }
+  int64_t length(int64_t block) const { return block + 1 < per_sample ? size : positions - block * size; }
+
+  int64_t positions;
+  int64_t size;
+  int64_t per_sample;
+};
+
+// function.operator()<T, Activation>() for the problem's dtype and activation
+template <typename T, typename Function>
+inline void dispatch_activation(const Problem& problem, Function&& function) {
+  switch (problem.activation) {
+    case Activation::kSilu: return function.template operator()<T, Silu>();
+    case Activation::kGelu: return function.template operator()<T, Gelu>();
+    case Activation::kGeluTanh: return function.template operator()<T, GeluTanh>();
+    default: return function.template operator()<T, Identity>();
+  }
+}
+
+template <typename Function>
+inline void dispatch(const Problem& problem, Function&& function) {
+  switch (problem.dtype) {
+    case DType::kHalf: return dispatch_activation<Half>(problem, function);
+    case DType::kBFloat16: return dispatch_activation<BFloat16>(problem, function);
+    case DType::kFloat: return dispatch_activation<float>(problem, function);
+    default: return dispatch_activation<double>(problem, function);
+  }
+}
+
+}  // namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act

@@ -1,0 +1,226 @@
+// group_norm_act on the CPU. Compiled once per instruction set.
+#include "cpu_statistics.h"
+
+namespace imagen_fast::IMAGEN_FAST_ISA {
+namespace group_norm_act {
+namespace {
+
+// The centre of t = (x - mean) * multiplier + offset is subtracted first: folding it into the offset would lose the
+// small differences from a large mean. Only the part of the mean that float cannot hold is folded.
+template <typename S>
+Affine<S> fold(const Statistics<S>& statistics, Affine<S> affine) {
+  const S multiplier = statistics.rstd * affine.multiplier;
+  return {multiplier, affine.offset - statistics.mean_rest * multiplier};
+}
+
+template <typename S>
+void save(const Forward& f, int64_t slab, const Statistics<S>& statistics) {
+  static_cast<S*>(f.mean)[slab] = statistics.mean;
+  static_cast<S*>(f.rstd)[slab] = statistics.rstd;
+}
+
+// ---- [batch][channels][positions]
+
+// y = act((x - mean) * multiplier + offset) over part of one channel
+template <typename T, typename Act, typename S>
+void apply_row(const T* x, T* y, int64_t n, S mean, Affine<S> affine) {
+  using V = Vec<S>;
+  const V center(mean), multiplier(affine.multiplier), offset(affine.offset);
+  for_each_vector<V::kWidth>(n, [&](int64_t i, auto lanes) {
+    const V t = fma(V::load(x + i, lanes) - center, multiplier, offset);
+    Act::value(t).store(y + i, lanes);
+  });
+}
+
+template <typename T, typename Act>
+class ChannelsFirst {
+  using S = AccumulateType<T>;
+
+  static constexpr int64_t kChunk = 16384 / sizeof(T);  // elements; fits the first-level cache
+
+ public:
+  explicit ChannelsFirst(const Forward& f)
+      : f_(f),
+        group_size_(f.channels / f.groups),
+        slabs_(f.batch * f.groups),
+        slab_size_(group_size_ * f.positions),
+        chunks_(ceil_div(slab_size_, kChunk)) {}
+
+  void run() const { should_split_slabs(slabs_, slab_size_) ? run_split() : run_whole(); }
+
+ private:
+  // A slab at a time, each read from memory once if it fits the second-level cache.
+  void run_whole() const {
+    parallel_for(slabs_, slab_size_, [&](int64_t begin, int64_t end) {
+      Buffer<Moments> moments(chunks_);
+      for (int64_t slab = begin; slab < end; ++slab) {
+        for (int64_t k = 0; k < chunks_; ++k) moments[k] = measure(slab, k);
+        const Statistics<S> statistics = finish(slab, moments.data());
+        // Backwards: of a slab larger than the cache, the end is what is still in it.
+        for (int64_t c = group_size_ - 1; c >= 0; --c) apply(slab, c, 0, f_.positions, statistics);
+      }
+    });
+  }
+
+  // All threads on all slabs, for few and large ones.
+  void run_split() const {
+    Buffer<Moments> moments(slabs_ * chunks_);
+    parallel_for(slabs_ * chunks_, kChunk, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) moments[i] = measure(i / chunks_, i % chunks_);
+    });
+    Buffer<Statistics<S>> statistics(slabs_);
+    for (int64_t slab = 0; slab < slabs_; ++slab) statistics[slab] = finish(slab, moments.data() + slab * chunks_);
+    const int64_t parts = ceil_div(f_.positions, kChunk);  // of a channel
+    const int64_t tasks = slabs_ * group_size_ * parts;
+    parallel_for(tasks, f_.positions / parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) {
+        const int64_t slab = i / parts / group_size_;
+        const int64_t first = i % parts * kChunk;
+        const int64_t n = f_.positions - first < kChunk ? f_.positions - first : kChunk;
+        apply(slab, i / parts % group_size_, first, n, statistics[slab]);
+      }
+    });
+  }
+
+  Moments measure(int64_t slab, int64_t chunk) const {
+    return chunk_moments(static_cast<const T*>(f_.x) + slab * slab_size_ + chunk * kChunk,
+                         chunk + 1 < chunks_ ? kChunk : last_chunk());
+  }
+
+  Statistics<S> finish(int64_t slab, const Moments* moments) const {
+    const auto statistics = combine<S>(moments, 1, chunks_, kChunk, static_cast<double>(last_chunk()), f_.eps);
+    save(f_, slab, statistics);
+    return statistics;
+  }
+
+  // Positions [first, first + n) of the slab's channel c
+  void apply(int64_t slab, int64_t c, int64_t first, int64_t n, const Statistics<S>& statistics) const {
+    const int64_t channel = slab % f_.groups * group_size_ + c;
+    const auto affine = fold(statistics, channel_affine<S>(f_, slab / f_.groups, channel));
+    const int64_t at = slab * slab_size_ + c * f_.positions + first;
+    apply_row<T, Act>(static_cast<const T*>(f_.x) + at, static_cast<T*>(f_.y) + at, n, statistics.mean, affine);
+  }
+
+  int64_t last_chunk() const { return slab_size_ - (chunks_ - 1) * kChunk; }
+
+  const Forward& f_;
+  const int64_t group_size_;
+  const int64_t slabs_;
+  const int64_t slab_size_;
+  const int64_t chunks_;  // of a slab
+};
+
+// ---- [batch][positions][channels]
+
+// y = act((x - mean[c]) * multiplier[c] + offset[c]) over n elements in rows of `width`
+template <typename T, typename Act, typename S>
+void apply_columns(const T* x, T* y, int64_t n, int64_t width, const S* mean, const S* multiplier, const S* offset) {
+  using V = Vec<S>;
+  for (int64_t i = 0; i < n; i += width) {
+    for_each_vector<V::kWidth>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
+      const V d = V::load(x + i + c, lanes) - V::load(mean + c, lanes);
+      const V t = fma(d, V::load(multiplier + c, lanes), V::load(offset + c, lanes));
+      Act::value(t).store(y + i + c, lanes);
+    });
+  }
+}
+
+template <typename T, typename Act>
+class ChannelsLast {
+  using S = AccumulateType<T>;
+
+ public:
+  explicit ChannelsLast(const Forward& f) : f_(f), columns_(f.channels), blocks_(f, sizeof(T), 32768, 1024) {}
+
+  void run() const {
+    const int64_t blocks = f_.batch * blocks_.per_sample;
+    const int64_t block_elements = blocks_.size * f_.channels;
+    Buffer<Moments> moments(blocks * f_.groups);
+    parallel_for(blocks, block_elements, [&](int64_t begin, int64_t end) {
+      Buffer<S> scratch(3 * columns_.width);
+      for (int64_t i = begin; i < end; ++i) {
+        block_moments(static_cast<const T*>(f_.x) + offset(i), elements(i), columns_, f_.groups, scratch.data(),
+                      moments.data() + i * f_.groups);
+      }
+    });
+
+    Buffer<Statistics<S>> statistics(f_.batch * f_.groups);
+    parallel_for(f_.batch * f_.groups, blocks_.per_sample, [&](int64_t begin, int64_t end) {
+      for (int64_t slab = begin; slab < end; ++slab) statistics[slab] = finish(slab, moments.data());
+    });
+
+    // Each thread walks its blocks backwards: the last ones it has read are still in its cache.
+    parallel_for(blocks, block_elements, [&](int64_t begin, int64_t end) {
+      Buffer<S> scratch(3 * columns_.width);
+      int64_t prepared = -1;  // the sample that scratch is for
+      for (int64_t i = end - 1; i >= begin; --i) {
+        const int64_t b = i / blocks_.per_sample;
+        if (b != prepared) prepare(b, statistics.data() + b * f_.groups, scratch.data());
+        prepared = b;
+        apply_columns<T, Act>(static_cast<const T*>(f_.x) + offset(i), static_cast<T*>(f_.y) + offset(i), elements(i),
+                              columns_.width, scratch.data(), scratch.data() + columns_.width,
+                              scratch.data() + 2 * columns_.width);
+      }
+    });
+  }
+
+ private:
+  Statistics<S> finish(int64_t slab, const Moments* moments) const {
+    const int64_t b = slab / f_.groups;
+    const double group_size = static_cast<double>(f_.channels / f_.groups);
+    const double last = static_cast<double>(blocks_.length(blocks_.per_sample - 1));
+    const auto statistics =
+        combine<S>(moments + b * blocks_.per_sample * f_.groups + slab % f_.groups, f_.groups, blocks_.per_sample,
+                   group_size * static_cast<double>(blocks_.size), group_size * last, f_.eps);
+    save(f_, slab, statistics);
+    return statistics;
+  }
+
+  // scratch: mean, multiplier, offset, each by column
+  void prepare(int64_t b, const Statistics<S>* statistics, S* scratch) const {
+    S* mean = scratch;
+    S* multiplier = mean + columns_.width;
+    S* offset = multiplier + columns_.width;
+    const int64_t group_size = f_.channels / f_.groups;
+    for (int64_t g = 0; g < f_.groups; ++g) {
+      for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
+        const auto affine = fold(statistics[g], channel_affine<S>(f_, b, c));
+        mean[c] = statistics[g].mean;
+        multiplier[c] = affine.multiplier;
+        offset[c] = affine.offset;
+      }
+    }
+    columns_.repeat(mean);
+    columns_.repeat(multiplier);
+    columns_.repeat(offset);
+  }
+
+  // Of block i, counted through all samples
+  int64_t offset(int64_t i) const {
+    const int64_t b = i / blocks_.per_sample;
+    return (b * f_.positions + blocks_.begin(i % blocks_.per_sample)) * f_.channels;
+  }
+  int64_t elements(int64_t i) const { return blocks_.length(i % blocks_.per_sample) * f_.channels; }
+
+  const Forward& f_;
+  const Columns columns_;
+  const Blocks blocks_;
+};
+
+struct Run {
+  const Forward& f;
+
+  template <typename T, typename Act>
+  void operator()() const {
+    f.channels_last ? ChannelsLast<T, Act>(f).run() : ChannelsFirst<T, Act>(f).run();
+  }
+};
+
+}  // namespace
+}  // namespace group_norm_act
+
+void group_norm_act_forward(const imagen_fast::group_norm_act::Forward& f) {
+  group_norm_act::dispatch(f, group_norm_act::Run{f});
+}
+
+}  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op. Installed as `imagen_fast.kernels`."""

@@ -1,0 +1,217 @@
+"""Builds the native CPU library beside the Python package; everything else about packaging is in pyproject.toml.
+
+`csrc/` is laid out by op, and no file lists the sources:
+
+- `csrc/<folder>/cpu_kernel*.cpp` holds kernels. Each is compiled once per instruction set, without a torch header.
+- every other `csrc/<folder>/*.cpp` is compiled once: registration, and what must not depend on an instruction set.
+
+All of it becomes `imagen_fast/lib/libimagen_fast_cpu.so` on PyTorch's stable ABI: one file for every Python and every
+torch from 2.11 on. `csrc/<folder>/*.cu` is the place of CUDA sources, and a second entry in `libraries()` the place of
+the library that is made of them. Without a C++ compiler the package installs all the same and runs on plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+LIBRARY_FOLDER = Path("imagen_fast") / "lib"
+PACKAGE_FOLDERS = {"imagen_fast.kernels": "kernels/triton", "imagen_fast.bench": "bench"}
+
+# PyTorch 2.11: the oldest version whose stable ABI the sources use
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+# The last two: false alarms inside GCC 12's own AVX-512 header
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+INSTRUCTION_SETS = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+
+def say(message: str) -> None:
+    print(f"imagen_fast: {message}", file=sys.stderr, flush=True)
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command: $CXX, or the first usual one on the path."""
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if not shutil.which(command[0]):
+            raise SystemExit(f"imagen_fast: the C++ compiler that CXX names is not there: {os.environ['CXX']}")
+        return command
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def find_ninja() -> str:
+    if found := shutil.which("ninja"):
+        return found
+    import ninja  # the package of that name, which build isolation installs
+
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+@dataclass
+class Library:
+    """A shared library, its sources, and what it takes to make an object of each and to link them."""
+
+    name: str
+    compiler: list[str]
+    objects: dict[str, tuple[Path, list[str]]]  # object file: source, flags
+    link_flags: list[str]
+
+    def ninja(self) -> str:
+        """The contents of build.ninja."""
+
+        def words(parts: list[str]) -> str:
+            return shlex.join(parts).replace("$", "$$")
+
+        def path(value: Path | str) -> str:
+            return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {words(self.compiler)}",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $flags",
+            "  description = link $out",
+        ]
+        for target, (source, flags) in self.objects.items():
+            lines += [f"build {path(target)}: compile {path(source)}", f"  flags = {words(flags)}"]
+        lines += [
+            f"build {path(self.name)}: link {' '.join(path(target) for target in self.objects)}",
+            f"  flags = {words(self.link_flags)}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def build(self, folder: Path) -> Path:
+        """Bring `folder`/`name` up to date."""
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder / "build.ninja"
+        # An unchanged script keeps its time, so that a second call has nothing to do.
+        if not script.exists() or script.read_text() != self.ninja():
+            script.write_text(self.ninja())
+        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+        return folder / self.name
+
+
+def understands(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def cpu_library(compiler: list[str]) -> Library:
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    instruction_sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if understands(compiler, flags)}
+    for name in INSTRUCTION_SETS.keys() - instruction_sets.keys():
+        say(f"{compiler[0]} does not know the flags for {name}; that machine code is left out")
+
+    common = [*CXX_FLAGS, *WARNINGS]
+    # The kernels see no torch header: an inline function of one, compiled for AVX-512, could be the copy that the
+    # linker keeps for all.
+    for_torch = [STABLE_ABI, f"-isystem{torch_folder / 'include'}"]
+    for_torch += [f"-DIMAGEN_FAST_HAS_{name.upper()}" for name in instruction_sets if name != "default"]
+    objects: dict[str, tuple[Path, list[str]]] = {}
+    for source in sorted(CSRC.glob("*/*.cpp")):
+        stem = f"{source.parent.name}.{source.stem}"
+        if source.name.startswith("cpu_kernel"):
+            for name, flags in instruction_sets.items():
+                objects[f"{stem}.{name}.o"] = (source, [*common, *flags, f"-DIMAGEN_FAST_ISA=isa_{name}"])
+        else:
+            objects[f"{stem}.o"] = (source, [*common, *for_torch])
+    # -z defs: a symbol that no library defines fails here, not at the user's import.
+    link_flags = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs", "-Wl,--as-needed"]
+    return Library("libimagen_fast_cpu.so", compiler, objects, link_flags)
+
+
+def libraries() -> list[Library]:
+    """What this machine can build."""
+    if sys.platform != "linux":
+        say(f"no native library for {sys.platform}; the package will run on plain PyTorch")
+        return []
+    compiler = find_compiler()
+    if compiler is None:
+        say("NO C++ COMPILER FOUND: installing without the native library; the package will run on plain PyTorch")
+        say("install g++ or clang++ (or set CXX) and install again to get the kernels")
+        return []
+    return [cpu_library(compiler)]
+
+
+class BuildNative(build_ext):
+    """Builds the libraries with ninja, in build/native, and copies them where the package looks for them."""
+
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode
+        target = (ROOT if in_place else Path(self.build_lib)) / LIBRARY_FOLDER
+        self.built: list[str] = []
+        for library in libraries():
+            made = library.build(ROOT / "build" / "native" / library.name.removesuffix(".so"))
+            target.mkdir(parents=True, exist_ok=True)
+            # Replaced in one step: a process that has the old file mapped keeps it whole.
+            shutil.copy2(made, target / f".{library.name}")
+            os.replace(target / f".{library.name}", target / library.name)
+            self.built.append(str(target / library.name))
+
+    def get_outputs(self) -> list[str]:
+        return getattr(self, "built", [])
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return [str(file.relative_to(ROOT)) for file in sorted(CSRC.rglob("*")) if file.is_file()]
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-PLATFORM: the library uses no CPython symbol."""
+
+    def run(self) -> None:
+        # A module that has been deleted since an earlier build must not come along.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def packages() -> list[str]:
+    found = find_packages(str(ROOT), include=["imagen_fast", "imagen_fast.*"])
+    for name, folder in PACKAGE_FOLDERS.items():
+        if (ROOT / folder / "__init__.py").exists():
+            found += [name, *(f"{name}.{sub}" for sub in find_packages(str(ROOT / folder)))]
+    return found
+
+
+setup(
+    packages=packages(),
+    package_dir=PACKAGE_FOLDERS,
+    package_data={
+        "imagen_fast": ["py.typed", "assets/labels/*.png", "training/configs/*.toml", "models/weights/**/*.safetensors"]
+        + [f"models/weights/**/*.{ending}" for ending in ("json", "md")]
+    },
+    include_package_data=False,
+    # The name is only a reason for setuptools to run build_ext; the sources are found by `cpu_library`.
+    ext_modules=[Extension("imagen_fast.lib.native", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)
