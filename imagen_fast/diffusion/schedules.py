@@ -1,0 +1,94 @@
+"""Noise schedules as alphas_cumprod (n,), and which of the n training timesteps a sampler visits.
+
+alphas_cumprod[t] is ᾱ_t of q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I); index 0 is the cleanest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def squaredcos_cap_v2(n: int, max_beta: float = 0.999) -> Tensor:
+    """The cosine schedule of improved DDPM (arXiv 2102.09672, section 3.2) in the discretisation of diffusers.
+
+    β_t = min(1 − ᾱ((t+1)/n) / ᾱ(t/n), max_beta) with ᾱ(u) = cos²((u + 0.008) / 1.008 · π/2).
+
+    Args:
+        n: number of training timesteps, at least 1.
+        max_beta: the cap on β.
+
+    Returns:
+        alphas_cumprod (n,) in float64.
+
+    Raises:
+        ValueError: n is not positive.
+
+    Example:
+        >>> squaredcos_cap_v2(1000).shape
+        torch.Size([1000])
+    """
+    _check_positive(n)
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - alpha_bar((t + 1) / n) / alpha_bar(t / n), max_beta) for t in range(n)]
+    return _cumulate(torch.tensor(betas, dtype=torch.float64))
+
+
+def linear_betas(n: int, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Tensor:
+    """The linear schedule of DDPM (arXiv 2006.11239): β rises evenly from beta_start to beta_end.
+
+    Returns:
+        alphas_cumprod (n,) in float64.
+
+    Raises:
+        ValueError: n is not positive, or the betas are not 0 < beta_start <= beta_end < 1.
+    """
+    _check_positive(n)
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+    return _cumulate(torch.linspace(beta_start, beta_end, n, dtype=torch.float64))
+
+
+def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading", offset: int = 0) -> list[int]:
+    """The timesteps a sampler visits, noisiest first.
+
+    Args:
+        n: number of training timesteps.
+        steps: how many to visit, or the timesteps themselves (strictly falling).
+        spacing: "leading" (0, n/steps, 2n/steps, …), "trailing" (…, n − 1) or "linspace" (0 … n − 1), as in diffusers.
+        offset: added to every timestep of "leading".
+
+    Raises:
+        ValueError: steps outside [1, n], an unknown spacing, or timesteps that do not fall or leave [0, n).
+    """
+    _check_positive(n)
+    if not isinstance(steps, int):
+        timesteps = [int(t) for t in steps]
+        falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+        if not timesteps or not falling or timesteps[0] >= n or timesteps[-1] < 0:
+            raise ValueError(f"steps must fall strictly and lie in [0, {n}), got {timesteps}")
+        return timesteps
+    if not 1 <= steps <= n:
+        raise ValueError(f"steps must be between 1 and {n}, got {steps}")
+    if spacing == "leading":
+        return [i * (n // steps) + offset for i in reversed(range(steps))]
+    if spacing == "trailing":
+        return [round(n - i * n / steps) - 1 for i in range(steps)]
+    if spacing == "linspace":
+        return [round(i * (n - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
+    raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
+
+
+def _cumulate(betas: Tensor) -> Tensor:
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def _check_positive(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"the number of training timesteps must be at least 1, got {n}")

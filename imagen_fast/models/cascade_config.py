@@ -1,0 +1,189 @@
+"""What a cascade is made of: sizes, schedules and how each stage is sampled by default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ..diffusion.schedules import linear_betas, squaredcos_cap_v2
+from ..diffusion.step_table import StepTable
+from ..reference.guidance import DynamicThreshold
+from .efficient_unet import EfficientUNet, EfficientUNetConfig
+from .t5 import T5Config
+from .unet import UNet, UNetConfig
+
+SOLVERS = ("ddpm", "ddim")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One diffusion model of the cascade.
+
+    Args:
+        name: of the stage and of its files.
+        size: side of its pictures in pixels.
+        unet: the sizes of its U-Net, if it is the first stage.
+        efficient_unet: the sizes of its U-Net, if it is a super-resolution stage.
+        prediction, train_timesteps, schedule: how it was trained.
+        solver, steps, spacing, guidance: how it is sampled by default.
+        threshold: None, "static", or the percentile of dynamic thresholding.
+        threshold_max: the largest value that dynamic thresholding divides by.
+        augmentation: noise-conditioning augmentation in sampling, as a share of the schedule.
+    """
+
+    name: str
+    size: int
+    unet: UNetConfig | None = None
+    efficient_unet: EfficientUNetConfig | None = None
+    prediction: Literal["epsilon", "v", "x0"] = "v"
+    train_timesteps: int = 1000
+    schedule: Literal["squaredcos_cap_v2", "linear"] = "squaredcos_cap_v2"
+    solver: Literal["ddpm", "ddim"] = "ddpm"
+    steps: int = 100
+    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    guidance: float = 1.0
+    threshold: Literal["none", "static", "dynamic"] = "dynamic"
+    threshold_percentile: float = 0.995
+    threshold_max: float | None = None
+    augmentation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.unet is None) == (self.efficient_unet is None):
+            raise ValueError(f"stage {self.name!r} needs either unet or efficient_unet")
+        if not self.name.isidentifier():
+            raise ValueError(f"name must be a word of letters, digits and underscores, got {self.name!r}")
+        if not 0 <= self.augmentation < 1:
+            raise ValueError(f"augmentation must be at least 0 and below 1, got {self.augmentation}")
+        if not 1 <= self.steps <= self.train_timesteps:
+            raise ValueError(f"steps must be between 1 and train_timesteps {self.train_timesteps}, got {self.steps}")
+        _ = self.thresholding  # its own checks
+
+    @property
+    def channels(self) -> int:
+        """Of the sampled picture."""
+        return 3
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of the text features that its U-Net reads, or None."""
+        config = self.unet or self.efficient_unet
+        return config.text_dim  # type: ignore[union-attr]
+
+    @property
+    def thresholding(self) -> str | DynamicThreshold | None:
+        """The threshold as the sampler takes it."""
+        if self.threshold == "dynamic":
+            return DynamicThreshold(self.threshold_percentile, max_value=self.threshold_max)
+        return None if self.threshold == "none" else self.threshold
+
+    def alphas_cumprod(self) -> Tensor:
+        """The stage's noise schedule."""
+        schedule = squaredcos_cap_v2 if self.schedule == "squaredcos_cap_v2" else linear_betas
+        return schedule(self.train_timesteps)
+
+    def build(self) -> nn.Module:
+        """Its U-Net with random weights."""
+        if self.unet is not None:
+            return UNet(self.unet)
+        assert self.efficient_unet is not None
+        return EfficientUNet(self.efficient_unet)
+
+
+class StagePlan(NamedTuple):
+    """How one stage is sampled in one call."""
+
+    stage: StageConfig
+    table: StepTable
+    guidance: float
+
+
+@dataclass(frozen=True)
+class ImagenConfig:
+    """A cascade: its stages, smallest pictures first, and the text length in tokens that it was trained with."""
+
+    stages: tuple[StageConfig, ...]
+    max_text_length: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a cascade needs at least one stage")
+        for i, stage in enumerate(self.stages):
+            if (stage.unet is None) != (i > 0):
+                kind = "efficient_unet" if i else "unet"
+                raise ValueError(f"stage {stage.name!r} is number {i + 1} of the cascade and needs {kind}")
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("stages must have different names")
+
+    @classmethod
+    def paper(cls) -> ImagenConfig:
+        """The paper's cascade on T5-XXL: 64², 256² and 1024² (appendix F; 2 B, 600 M and 400 M parameters)."""
+        super_256 = EfficientUNetConfig()
+        super_1024 = replace(super_256, self_attention_levels=())
+        sr = {"steps": 50, "guidance": 4.0, "augmentation": 0.2}
+        return cls(
+            stages=(
+                StageConfig("base", 64, unet=UNetConfig(), prediction="epsilon", steps=250, guidance=7.0),
+                StageConfig("super_256", 256, efficient_unet=super_256, prediction="v", **sr),  # type: ignore[arg-type]
+                StageConfig("super_1024", 1024, efficient_unet=super_1024, prediction="v", **sr),  # type: ignore[arg-type]
+            )
+        )
+
+    @classmethod
+    def small(cls, text_dim: int = 256) -> ImagenConfig:
+        """A cascade of a few million parameters, 32² and 128²: the shape of the one that ships."""
+        unet = UNetConfig(64, (1, 2, 3), 2, (1, 2), 64, text_dim, groups=16)
+        super_resolution = EfficientUNetConfig(32, (1, 2, 4), (1, 2, 2), (), (), text_dim=None, groups=16)
+        return cls(
+            stages=(
+                StageConfig("base", 32, unet=unet, solver="ddim", steps=25, guidance=3.0),
+                StageConfig(
+                    "super_128", 128, efficient_unet=super_resolution, solver="ddim", steps=10, augmentation=0.1
+                ),
+            ),
+            max_text_length=64,
+        )
+
+    @staticmethod
+    def paper_text_encoder() -> T5Config:
+        """T5-XXL."""
+        return T5Config.preset("xxl")
+
+    def plan(
+        self,
+        *,
+        steps: int | Sequence[int] | None = None,
+        guidance: float | Sequence[float] | None = None,
+        solver: str | None = None,
+        until: str | None = None,
+    ) -> list[StagePlan]:
+        """The step table and guidance of every stage that runs; arguments as of `Imagen.sample`."""
+        if solver not in (None, *SOLVERS):
+            raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
+        names = [stage.name for stage in self.stages]
+        if until not in (None, *names):
+            raise ValueError(f"until must be one of {', '.join(map(repr, names))}, got {until!r}")
+        plans = []
+        for i, stage in enumerate(self.stages):
+            count = _per_stage(steps, "steps", i, len(names))
+            count = stage.steps if count is None else count
+            if not 1 <= count <= stage.train_timesteps:
+                raise ValueError(f"steps must be between 1 and {stage.train_timesteps}, got {count}")
+            build = StepTable.ddpm if (solver or stage.solver) == "ddpm" else StepTable.ddim
+            table = build(stage.alphas_cumprod(), steps=count, prediction=stage.prediction, spacing=stage.spacing)
+            scale = _per_stage(guidance, "guidance", i, len(names))
+            plans.append(StagePlan(stage, table, stage.guidance if scale is None else float(scale)))
+            if stage.name == until:
+                break
+        return plans
+
+
+def _per_stage(value, name: str, index: int, count: int):
+    """The stage's value of an argument that is one number for all stages, or one per stage."""
+    if value is None or isinstance(value, int | float):
+        return value
+    if len(value) != count:
+        raise ValueError(f"{name} must be one number, or one per stage: {count}, got {list(value)}")
+    return value[index]

@@ -1,0 +1,181 @@
+"""The cascade: text encoder, base U-Net, super-resolution U-Nets (Imagen, arXiv 2205.11487)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..diffusion.sampling import Model, Noise, sample_loop
+from .cascade_config import ImagenConfig, StageConfig
+from .t5 import T5Encoder
+
+if TYPE_CHECKING:
+    import os
+
+    from PIL.Image import Image
+
+SHIPPED = ("emoji",)
+
+
+class Imagen(nn.Module):
+    """A cascade of diffusion models from prompts to pictures.
+
+    Args:
+        config: the stages, smallest pictures first.
+        text_encoder: what reads the prompts; its width is the U-Nets' text_dim.
+
+    Example:
+        >>> model = Imagen.from_pretrained("emoji")
+        >>> model.sample(["a cute cat", "一只可爱的猫咪"], seed=1, progress=False)[0].size
+        (128, 128)
+    """
+
+    def __init__(self, config: ImagenConfig, text_encoder: T5Encoder) -> None:
+        super().__init__()
+        width = text_encoder.config.d_model
+        for stage in config.stages:
+            if stage.text_dim not in (None, width):
+                raise ValueError(
+                    f"stage {stage.name!r} reads text of width {stage.text_dim}, the encoder gives {width}"
+                )
+        self.config = config
+        self.text_encoder = text_encoder
+        self.unets = nn.ModuleDict({stage.name: stage.build() for stage in config.stages})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first U-Net is."""
+        return next(self.unets.parameters()).device
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        steps: int | Sequence[int] | None = None,
+        guidance: float | Sequence[float] | None = None,
+        solver: str | None = None,
+        progress: bool = True,
+        until: str | None = None,
+    ) -> list[Image]:
+        """Draw one picture per prompt.
+
+        Args:
+            prompts: sentences; an empty one samples without text. Longer ones than the text length are cut, with a
+                warning that says after which character.
+            seed: prompt b gets the seed `seed + b`; or one seed per prompt. The seed fixes the picture, to rounding
+                whatever else is in the batch.
+            steps: evaluations of each stage's U-Net, or one number per stage; None takes the stages' own.
+            guidance: classifier-free guidance scale of all stages, or one per stage; None takes the stages' own.
+            solver: "ddpm" or "ddim" for all stages; None takes the stages' own.
+            progress: show a progress bar over all stages' steps.
+            until: name of the stage to stop after; None runs them all.
+
+        Raises:
+            TypeError: prompts are not strings.
+            ValueError: an argument is out of range, or there is not one value per stage or per prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        plans = self.config.plan(steps=steps, guidance=guidance, solver=solver, until=until)
+        seeds = self._seeds(seed, len(prompts))
+        text, mask = self._encode(prompts)
+        noise = Noise(seeds, self.device)
+        picture: Tensor | None = None
+        total = sum(len(plan.table) for plan in plans)
+        with tqdm(total=total, disable=not progress, unit="step") as bar:
+            for plan in plans:
+                bar.set_description(f"{plan.stage.name} {plan.stage.size}×{plan.stage.size}")
+                model = self._model(plan.stage, plan.guidance, text, mask, picture, noise)
+                picture = sample_loop(
+                    model,
+                    plan.table,
+                    noise,
+                    (plan.stage.channels, plan.stage.size, plan.stage.size),
+                    guidance=plan.guidance,
+                    threshold=plan.stage.thresholding,
+                    on_step=bar.update,
+                )
+        assert picture is not None
+        return to_pictures(picture)
+
+    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Features and mask; an empty prompt is one without text."""
+        features = self.text_encoder.encode(prompts, max_length=self.config.max_text_length)
+        empty = torch.tensor([not prompt.strip() for prompt in prompts], dtype=torch.bool, device=features.mask.device)
+        return features.features, features.mask & ~empty[:, None]
+
+    def _model(
+        self, stage: StageConfig, guidance: float, text: Tensor, mask: Tensor, low: Tensor | None, noise: Noise
+    ) -> Model:
+        unet = self.unets[stage.name]
+        if low is None:
+            return guided_model(unet, text, mask, guidance)
+        # Noise-conditioning augmentation: noise at low resolution, then upsampling, and the U-Net is told how much.
+        timestep = int(stage.augmentation * stage.train_timesteps)
+        alpha = stage.alphas_cumprod()[timestep].item() if timestep else 1.0
+        low = alpha**0.5 * low + (1 - alpha) ** 0.5 * noise(*low.shape[1:])
+        low = F.interpolate(low, size=(stage.size, stage.size), mode="bilinear", align_corners=False)
+        level = torch.full((low.shape[0],), timestep, dtype=torch.long, device=low.device)
+        return guided_model(unet, text, mask, guidance, low=low, augmentation=level)
+
+    @staticmethod
+    def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+        if isinstance(seed, int):
+            return [seed + b for b in range(count)]
+        seeds = list(seed)
+        if len(seeds) != count:
+            raise ValueError(f"seed must be one number, or one per prompt: {count}, got {len(seeds)}")
+        return seeds
+
+
+def guided_model(
+    unet: nn.Module,
+    text: Tensor,
+    mask: Tensor,
+    guidance: float,
+    *,
+    low: Tensor | None = None,
+    augmentation: Tensor | None = None,
+) -> Model:
+    """The U-Net with and without the text in one batch; without guidance, or without text in it, once.
+
+    Args:
+        unet: a `UNet` or `EfficientUNet`.
+        text, mask: (B, L, D) and (B, L).
+        guidance: its scale; 1 needs no second evaluation.
+        low, augmentation: a super-resolution U-Net's upsampled picture (B, 3, H, W) and its noise level (B,).
+    """
+    dtype = next(unet.parameters()).dtype
+    takes_text = unet.text is not None
+    doubled = takes_text and guidance != 1
+    extra: dict[str, Tensor] = {}
+    if takes_text:
+        extra["text"] = (torch.cat((text, text)) if doubled else text).to(dtype)
+        extra["text_mask"] = torch.cat((mask, torch.zeros_like(mask))) if doubled else mask
+    if augmentation is not None:
+        extra["augmentation"] = torch.cat((augmentation, augmentation)) if doubled else augmentation
+
+    def model(sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = sample if low is None else torch.cat((sample, low), dim=1)
+        x = x.to(dtype)
+        if not doubled:
+            return unet(x, timestep, **extra), None
+        conditional, unconditional = unet(torch.cat((x, x)), torch.cat((timestep, timestep)), **extra).chunk(2)
+        return conditional, unconditional
+
+    return model
+
+
+def to_pictures(x: Tensor) -> list[Image]:
+    """(B, 3, H, W) in [−1, 1] to PIL images of 8 bits."""
+    from PIL import Image
+
+    levels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in levels]

@@ -1,0 +1,153 @@
+"""What a training run is: a TOML file, read into dataclasses; unknown keys are errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import from_dict
+from ..errors import ConfigError
+from ..models.efficient_unet import EfficientUNetConfig
+from ..models.t5 import T5Config
+from ..models.unet import UNetConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage's training run.
+
+    Args:
+        stage: "base" trains the text encoder and the base U-Net together on size² pictures; "super_resolution" trains
+            the efficient U-Net from low_resolution² to size² on crops.
+        data: directory of the data set.
+        out: directory for checkpoints, the log and sample grids.
+        size: side of the pictures in pixels; low_resolution: side of the low-resolution pictures.
+        crop: side of the crops that super-resolution is trained on, in pixels of the large picture.
+        prediction, train_timesteps: what the model predicts, over how many timesteps of the cosine schedule.
+        steps, batch_size, learning_rate, warmup_steps, weight_decay, gradient_clip: AdamW's run; the learning rate
+            rises over warmup_steps and falls by a cosine to final_learning_rate over all steps.
+        ema_decay: of the exponential moving average of the weights, which is what is sampled and shipped.
+        text_dropout: share of captions dropped for classifier-free guidance.
+        max_text_length: in tokens.
+        max_augmentation: noise-conditioning augmentation is drawn up to this share of the schedule.
+        precision: "bf16" is autocast with fp32 weights.
+        log_every, sample_every, checkpoint_every: in steps.
+        sample_prompts: what the sample grid shows.
+        seed, threads: threads None leaves PyTorch's number.
+    """
+
+    stage: Literal["base", "super_resolution"]
+    data: str
+    out: str
+    size: int
+    unet: UNetConfig | None = None
+    efficient_unet: EfficientUNetConfig | None = None
+    text_encoder: T5Config | None = None
+    low_resolution: int | None = None
+    crop: int | None = None
+    prediction: Literal["epsilon", "v", "x0"] = "v"
+    train_timesteps: int = 1000
+    steps: int = 10_000
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 2e-5
+    warmup_steps: int = 200
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    text_dropout: float = 0.1
+    max_text_length: int = 64
+    max_augmentation: float = 0.3
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = 20
+    sample_every: int = 500
+    checkpoint_every: int = 200
+    sample_prompts: tuple[str, ...] = ()
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        positive = ("size", "steps", "batch_size", "log_every", "sample_every", "checkpoint_every", "train_timesteps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name in ("ema_decay", "text_dropout", "max_augmentation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.stage == "base" and (self.unet is None or self.text_encoder is None):
+            raise ValueError("stage 'base' needs the tables [unet] and [text_encoder]")
+        if self.stage == "base" and self.unet.text_dim != self.text_encoder.d_model:  # type: ignore[union-attr]
+            raise ValueError("unet.text_dim must be text_encoder.d_model")
+        if self.stage == "super_resolution":
+            if self.efficient_unet is None or self.low_resolution is None:
+                raise ValueError("stage 'super_resolution' needs the table [efficient_unet] and low_resolution")
+            if self.efficient_unet.text_dim is not None:
+                raise ValueError("super-resolution is trained without text for now: leave efficient_unet.text_dim out")
+            if self.size % self.low_resolution:
+                raise ValueError(f"low_resolution {self.low_resolution} must divide size {self.size}")
+            if self.crop is not None and not 0 < self.crop <= self.size:
+                raise ValueError(f"crop must be between 1 and size {self.size}, got {self.crop}")
+
+    @classmethod
+    def load(cls, name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a TOML file, or a configuration that ships with the package by its name.
+
+        Args:
+            name_or_path: a path, or a name such as "emoji-base".
+            overrides: "key=value" or "table.key=value" with a TOML value, applied last.
+
+        Raises:
+            ConfigError: no such configuration, invalid TOML, an unknown key or a value out of range.
+        """
+        shipped = resources.files(__package__) / "configs"
+        path = Path(name_or_path)
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif (shipped / f"{name_or_path}.toml").is_file():
+            text = (shipped / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        else:
+            known = ", ".join(
+                sorted(f.name.removesuffix(".toml") for f in shipped.iterdir() if f.name.endswith(".toml"))
+            )
+            raise ConfigError(f"no training configuration {name_or_path!r}: not a file, and not one of {known}")
+        values = _parse(text, name_or_path)
+        for override in overrides:
+            _override(values, override)
+        # TOML has no null: what has no text says so by leaving the key out.
+        if isinstance(values.get("efficient_unet"), dict):
+            values["efficient_unet"].setdefault("text_dim", None)
+        return from_dict(cls, values, name_or_path)
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"expected key=value, got {override!r}")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {table} is not a table")
+    values[last] = parsed

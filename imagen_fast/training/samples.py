@@ -1,0 +1,59 @@
+"""Pictures of what a run has learned so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diffusion.sampling import Noise, sample_loop
+from ..diffusion.schedules import squaredcos_cap_v2
+from ..diffusion.step_table import StepTable
+from ..files import atomic_file
+from ..models.imagen import guided_model, to_pictures
+from ..pictures import grid
+from .stages import BaseStage, Stage, SuperResolutionStage
+
+
+@torch.inference_mode()
+def save_sample_grid(
+    stage: Stage, modules: nn.ModuleDict, path: Path, *, steps: int = 25, guidance: float = 3.0
+) -> None:
+    """Sample with the averaged weights and save a grid: the prompts' pictures, or low and high resolution side by side."""
+    config = stage.config
+    table = StepTable.ddim(
+        squaredcos_cap_v2(config.train_timesteps), steps=steps, prediction=config.prediction, spacing="trailing"
+    )
+    if isinstance(stage, BaseStage):
+        pictures = _base_samples(stage, modules, table, guidance)
+    else:
+        assert isinstance(stage, SuperResolutionStage)
+        pictures = _super_resolution_samples(stage, modules, table)
+    images = [image.resize((128, 128), 0) for image in to_pictures(pictures)]  # 0: nearest, to show pixels as they are
+    with atomic_file(path) as temporary:
+        grid(images, columns=8).save(temporary)
+
+
+def _base_samples(stage: BaseStage, modules: nn.ModuleDict, table: StepTable, guidance: float) -> Tensor:
+    config = stage.config
+    prompts = config.sample_prompts or tuple(stage.dataset.name(i, "en") for i in range(min(16, len(stage.dataset))))
+    input_ids, mask = stage.tokenizer(list(prompts), max_length=config.max_text_length)
+    text = modules["text_encoder"](input_ids, mask)
+    model = guided_model(modules["unet"], text, mask, guidance)
+    noise = Noise(range(len(prompts)))
+    return sample_loop(model, table, noise, (3, config.size, config.size), guidance=guidance, threshold="static")
+
+
+def _super_resolution_samples(stage: SuperResolutionStage, modules: nn.ModuleDict, table: StepTable) -> Tensor:
+    config = stage.config
+    low = F.interpolate(stage.small[:64:8], size=(config.size, config.size), mode="bilinear", align_corners=False)
+    level = torch.zeros(len(low), dtype=torch.long)
+
+    def model(x: Tensor, timestep: Tensor) -> tuple[Tensor, None]:
+        return modules["unet"](torch.cat((x, low), dim=1), timestep, augmentation=level), None
+
+    noise = Noise(range(len(low)))
+    high = sample_loop(model, table, noise, (3, config.size, config.size), threshold="static")
+    return torch.cat((low, high))
