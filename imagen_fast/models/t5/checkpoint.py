@@ -147,7 +147,8 @@ def _locate(directory: Path, shapes: Mapping[str, torch.Size], variant: str | No
     wanted: dict[str, str] = {}
     for name in shapes:
         theirs = huggingface_name(name)
-        wanted[name] = theirs if theirs in files else _OTHER_NAMES.get(theirs, theirs)
+        other = _OTHER_NAMES.get(theirs)
+        wanted[name] = other if other in files and theirs not in files else theirs
     missing = [theirs for theirs in wanted.values() if theirs not in files]
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""

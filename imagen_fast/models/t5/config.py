@@ -36,7 +36,7 @@ class T5Config:
         eos_token_id: the token that ends each sentence.
 
     Raises:
-        ConfigError: a size is not positive, or `feed_forward_proj` is unknown.
+        ValueError: a size is not positive, or `feed_forward_proj` is unknown.
 
     Example:
         >>> T5Config.preset("xxl").d_model
@@ -61,20 +61,20 @@ class T5Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or buckets % 2:
-            raise ConfigError(f"relative_attention_num_buckets must be even and at least 4, got {buckets}")
+            raise ValueError(f"relative_attention_num_buckets must be even and at least 4, got {buckets}")
         if distance <= buckets // 4:
-            raise ConfigError(f"relative_attention_max_distance must be above {buckets // 4}, got {distance}")
+            raise ValueError(f"relative_attention_max_distance must be above {buckets // 4}, got {distance}")
         if self.activation not in ACTIVATIONS:
             known = ", ".join(f"{name}, gated-{name}" for name in ACTIVATIONS)
-            raise ConfigError(f"feed_forward_proj must be one of {known}; got {self.feed_forward_proj!r}")
+            raise ValueError(f"feed_forward_proj must be one of {known}; got {self.feed_forward_proj!r}")
         if not 0 <= self.dropout_rate < 1:
-            raise ConfigError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
+            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
         for name in ("pad_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name} must lie in [0, {self.vocab_size}), got {getattr(self, name)}")
+                raise ValueError(f"{name} must lie in [0, {self.vocab_size}), got {getattr(self, name)}")
 
     @property
     def inner_dim(self) -> int:

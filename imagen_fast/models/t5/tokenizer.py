@@ -255,7 +255,7 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     """`prompts` as a list; raises `TypeError` or `ValueError` unless they are a string or a list of them."""
     if isinstance(prompts, str):
-        return [prompts]
+        prompts = [prompts]
     if not isinstance(prompts, list | tuple):
         raise TypeError(f"prompts must be a string or a list of strings, got {type(prompts).__name__}")
     for i, prompt in enumerate(prompts):
@@ -264,7 +264,8 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {_shorten(prompt)} is no valid Unicode at character {error.start}") from error
+            place = error.start + 1
+            raise ValueError(f"the prompt {_shorten(prompt)} is no valid Unicode at character {place}") from error
     return list(prompts)
 
 
