@@ -1,4 +1,4 @@
-"""The C++ kernels for the CPU: finds and loads the library, and says why where it cannot."""
+"""The C++ kernels for the CPU: finds and loads their library, says why where it cannot, and their instruction set."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "lib" / "libimagen_fast_cpu.so"
+
+_SCHEMAS = torch.library.Library("imagen_fast", "FRAGMENT")
+_SCHEMAS.define("_cpu_capability() -> str")
+_SCHEMAS.define("_set_cpu_capability(str name) -> ()")
 
 
 @functools.cache
@@ -25,3 +29,21 @@ def unavailable_reason() -> str | None:
 def load() -> bool:
     """Whether the library could be loaded."""
     return unavailable_reason() is None
+
+
+def cpu_capability() -> str:
+    """The instruction set of the C++ kernels: "default", "avx2", "avx512" or "avx512_bf16"; loads the library."""
+    _require()
+    return torch.ops.imagen_fast._cpu_capability()
+
+
+def set_cpu_capability(name: str) -> None:
+    """Use a lower instruction set than the best one, for tests; process-wide."""
+    _require()
+    torch.ops.imagen_fast._set_cpu_capability(name)
+
+
+def _require() -> None:
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(reason)

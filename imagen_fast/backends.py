@@ -14,6 +14,7 @@ traces anew when it has changed.
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import logging
 import os
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native
 from .errors import UserError
@@ -32,8 +34,8 @@ logger = logging.getLogger("imagen_fast")
 
 NAMES = ("eager", "cpu", "triton", "cuda")
 
-# Fastest first. A device that is not listed has no kernels: everything runs on `eager` there.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+# The backends with kernels for a device, fastest first; `eager` serves what they do not, and every other device.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class BackendError(UserError, RuntimeError):
@@ -105,14 +107,18 @@ def _from_environment() -> _Selection:
     return _Selection(os.environ.get("IMAGEN_FAST_BACKEND", "").strip() or "auto", strict, None)
 
 
+_DEFAULT = _from_environment()
+
+
 class _State(threading.local):
-    selection: _Selection = _from_environment()
+    def __init__(self) -> None:  # in each thread; Dynamo guards attributes of the instance, not of the class
+        self.selection = _DEFAULT
 
 
 _state = _State()
 
 
-class use_backend(ContextDecorator):  # noqa: N801 (reads as a statement: `with use_backend("triton"):`)
+class use_backend(ContextDecorator):
     """Choose the backend of every op called in this block, by this thread; nests, and decorates functions too.
 
     The default comes from the environment: `IMAGEN_FAST_BACKEND`, read once (`auto` without it), and
@@ -155,6 +161,12 @@ class use_backend(ContextDecorator):  # noqa: N801 (reads as a statement: `with 
 # None where the call has what is needed, else the reason for an error message. Reasons name kinds (a dtype, a layout),
 # not sizes, so that a log with one line per reason stays short.
 Requirement = Callable[[Any], str | None]
+
+
+@_traced_as_constant
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
 
 _DTYPE_NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -203,8 +215,8 @@ class Op(Generic[Call]):
 
     Args:
         name: the name of the public function.
-        check: takes the arguments of the public function, raises `TypeError` or `ValueError` for wrong ones, and returns
-            the call as a named tuple. Its first field is the tensor whose device decides.
+        check: takes the arguments of the public function, raises `TypeError` or `ValueError` for wrong ones, and
+            returns the call as a named tuple. Its first field is the tensor whose device decides.
         backends: in any order; `eager` must be among them.
         notes: what `explain` should add about a call, such as a copy that it needs.
     """
@@ -220,7 +232,7 @@ class Op(Generic[Call]):
         self.check = check
         self.backends = {backend.name: backend for backend in backends}
         self.notes = notes
-        self._candidates = {
+        self._faster_than_eager = {
             device: tuple(self.backends[name] for name in order if name in self.backends)
             for device, order in PREFERENCE.items()
         }
@@ -232,21 +244,30 @@ class Op(Generic[Call]):
 
     def choose(self, call: Call) -> Backend[Call]:
         """The backend for a checked call; raises `BackendError` where a forced one, or strict mode, says no."""
-        selection = _state.selection
-        if selection.backend != "auto":
-            reason = self.unmet(selection.backend, call)
+        backend, reason = self._decide(call)
+        if backend is None:
+            _refuse(reason)
+        elif reason:
+            _log_once(f"{self.name} falls back to eager PyTorch ({reason})")
+        return backend  # type: ignore[return-value]
+
+    def _decide(self, call: Call) -> tuple[Backend[Call] | None, str]:
+        """The backend and, if that is a fallback, why; or None and the error."""
+        name, strict, _ = _state.selection
+        if name != "auto":
+            reason = self.unmet(name, call)
             if reason is not None:
-                _refuse(self.name, selection.backend, reason)
-            return self.backends[selection.backend]
-        reasons = ""
-        for backend in self._candidates.get(call[0].device.type, ()):
+                return None, f"{self.name} cannot run on backend {name!r}: {reason}"
+            return self.backends[name], ""
+        passed_over = ""
+        for backend in self._faster_than_eager.get(call[0].device.type, ()):
             reason = self.unmet(backend.name, call)
             if reason is None:
-                if reasons:
-                    _report_fallback(self.name, reasons, selection.strict)
-                return backend
-            reasons = f"{reasons}{'; ' if reasons else ''}{backend.name}: {reason}"
-        return self.backends["eager"]
+                return backend, ""
+            passed_over += f"{'; ' if passed_over else ''}{backend.name}: {reason}"
+        if strict and passed_over:
+            return None, f"{self.name} falls back to eager PyTorch, which strict mode forbids ({passed_over})"
+        return self.backends["eager"], passed_over
 
     def unmet(self, name: str, call: Call) -> str | None:
         """Why the backend `name` cannot serve a checked call, or None if it can."""
@@ -263,8 +284,10 @@ class Op(Generic[Call]):
         reason = _unavailable(name)
         if reason is not None:
             return reason
+        if _transforms_active():
+            return "kernels do not see torch.func transforms and forward-mode differentiation, which are active"
         for requirement in backend.requires:
-            reason = requirement.unmet(call)
+            reason = requirement(call)
             if reason is not None:
                 return reason
         return None
@@ -272,30 +295,38 @@ class Op(Generic[Call]):
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """See the function `explain`."""
         call = self.check(*args, **kwargs)
-        preferred = PREFERENCE.get(call[0].device.type, ("eager",))
+        preferred = (*PREFERENCE.get(call[0].device.type, ()), "eager")
         reasons = {name: self.unmet(name, call) for name in (*preferred, *(n for n in NAMES if n not in preferred))}
-        try:
-            chosen, error = self.choose(call).name, None
-        except BackendError as refusal:
-            chosen, error = None, str(refusal)
+        backend, reason = self._decide(call)
+        chosen, error = (None, reason) if backend is None else (backend.name, None)
         return Explanation(self.name, chosen, _state.selection.backend, reasons, tuple(self.notes(call)), error)
 
 
+def run_operator(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an operator whose autograd formula is in Python, without the cost of that where no gradient is asked for.
+
+    With `register_autograd` every call outside of inference mode goes from the dispatcher to Python and back, 5 to 10
+    microseconds, only to find there that no argument requires a gradient.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 @_traced_as_constant
-def _refuse(op: str, backend: str, reason: str) -> None:
-    raise BackendError(f"{op} cannot run on backend {backend!r}: {reason}")
+def _refuse(error: str) -> None:
+    raise BackendError(error)
 
 
-_reported: set[tuple[str, str]] = set()
+_logged: set[str] = set()
 
 
 @_traced_as_constant
-def _report_fallback(op: str, reason: str, strict: bool) -> None:
-    if strict:
-        raise BackendError(f"{op} would fall back to eager PyTorch, which strict mode forbids ({reason})")
-    if (op, reason) not in _reported:
-        _reported.add((op, reason))
-        logger.warning("%s falls back to eager PyTorch (%s)", op, reason)
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning("%s", message)
 
 
 # ---- explain
@@ -355,6 +386,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
           cuda    the tensors are on cpu
           note: x will be copied: its strides are neither dense NCHW nor dense NHWC
     """
+    importlib.import_module(f"{__package__}.ops")  # where ops register themselves
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _OPS:
         raise UserError(f"unknown op {name!r}; {nearest(name, sorted(_OPS))}")

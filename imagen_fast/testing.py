@@ -10,13 +10,13 @@ kernel is that it is no less accurate than what it replaces. So three results ar
 and the error of ours against the truth may be at most twice the error of eager against the truth, plus a floor. This is
 the rule by which FlashAttention is tested (Dao-AILab/flash-attention, `tests/test_flash_attn.py`).
 
-Example, for a kernel:
-    >>> truth = ops.group_norm_act(x.double(), 32, w.double(), b.double())
-    >>> with imagen_fast.use_backend("eager"):
-    ...     eager = ops.group_norm_act(x, 32, w, b)
-    >>> assert_as_accurate(ops.group_norm_act(x, 32, w, b), eager, truth)
+Example, for an op, its result and its gradients:
+    >>> assert_op_as_accurate(ops.group_norm_act, x, 32, weight, bias, scale=scale)
 
-and for a model of your own:
+for any function of your own:
+    >>> assert_as_accurate(fast_softmax(x), x.softmax(-1), x.double().softmax(-1))
+
+and for a model:
     >>> truth = copy.deepcopy(model).double()(x.double())
     >>> eager = model(x)
     >>> imagen_fast.accelerate(model)
@@ -25,12 +25,17 @@ and for a model of your own:
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["assert_as_accurate", "assert_model_as_accurate"]
+from .backends import use_backend
+
+__all__ = ["assert_as_accurate", "assert_model_as_accurate", "assert_op_as_accurate", "largest_error"]
 
 # How much worse than eager's an error may be: of one op's result, and of a whole model's output.
 _OP_FACTOR = 2.0
@@ -52,11 +57,11 @@ def assert_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str 
     """Assert that the error of `ours` is at most twice that of `eager`, plus a floor of a few ulp.
 
     Both the largest error and the root mean square error over all elements are held to it: the first finds one wrong
-    element, the second a small deviation everywhere. The floor is 2 ulp of the truth's largest magnitude, and half an ulp
-    of its root mean square; in float32 on the CPU it is 1e-5 of either, in float64 1e-12.
+    element, the second a small deviation everywhere. The floor is 2 ulp of the truth's largest magnitude, and half an
+    ulp of its root mean square; in float32 on the CPU it is 1e-5 of either, in float64 1e-12.
 
-    NaN and infinities are no errors where `truth` or `eager` has the same at the same place, and an error anywhere else.
-    So is a finite value where both have none.
+    NaN and infinities are no errors where `truth` or `eager` has the same at the same place, and an error anywhere
+    else. So is a finite value where both have none.
 
     Args:
         ours, eager: two tensors of one shape, floating dtype and device.
@@ -84,18 +89,87 @@ def assert_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str 
             f"{name} is less accurate than eager PyTorch: its largest error is {our_error.max().item():.3g}, "
             f"at {place}: ours {ours64[place].item():.9g}, eager {eager64[place].item():.9g}, "
             f"truth {truth[place].item():.9g}\n"
-            f"allowed: {largest_allowed:.3g}, from eager's largest error {eager_error.max().item():.3g} and the truth's "
-            f"largest magnitude {magnitude.max().item():.3g} in {ours.dtype}\n"
+            f"allowed: {largest_allowed:.3g}, from eager's largest error {eager_error.max().item():.3g} and the "
+            f"truth's largest magnitude {magnitude.max().item():.3g} in {ours.dtype}\n"
             f"{int((our_error > largest_allowed).sum())} of {our_error.numel()} elements, shape {tuple(ours.shape)}, "
             f"are over it"
         )
     mean_allowed = _OP_FACTOR * _rms(eager_error) + _floor(ours, _MEAN_ULPS) * _rms(magnitude)
     if _rms(our_error) > mean_allowed:
         raise AssertionError(
-            f"{name} is less accurate than eager PyTorch all over: its root mean square error is {_rms(our_error):.3g}\n"
+            f"{name} is less accurate than eager PyTorch all over: its root mean square error is "
+            f"{_rms(our_error):.3g}\n"
             f"allowed: {mean_allowed:.3g}, from eager's {_rms(eager_error):.3g} and the truth's root mean square "
             f"{_rms(magnitude):.3g} in {ours.dtype}, shape {tuple(ours.shape)}"
         )
+
+
+def largest_error(ours: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The largest error of `ours`, and the largest that `assert_as_accurate` allows it, for reports.
+
+    Both are relative to the largest magnitude of `truth`. Arguments as for `assert_as_accurate`.
+    """
+    _check_comparable(ours, eager, truth, "result")
+    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
+    if not truth.numel():
+        return 0.0, 0.0
+    size = truth.abs().where(truth.isfinite(), 0.0).max().item() or 1.0
+    our_error, eager_error = (_error(y, truth).max().item() / size for y in (ours64, eager64))
+    return our_error, _OP_FACTOR * eager_error + _floor(ours, _LARGEST_ULPS)
+
+
+def assert_op_as_accurate(op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    """Assert that the results of an op, and its gradients for every floating tensor argument, are `as_accurate`.
+
+    Ours is the op on the backend that is selected (`imagen_fast.use_backend`), eager is its `eager` backend, and the
+    truth its `eager` backend in float64. The gradients are of the results weighted by the same random numbers. Results
+    must have the memory format of eager's, and gradients the dtype and shape of their tensors.
+
+    Args:
+        op: one of `imagen_fast.ops`.
+        args, kwargs: its arguments, as for a call.
+
+    Raises:
+        AssertionError: as `assert_as_accurate`, naming the result or the gradient.
+
+    Example: see the top of `imagen_fast.testing`.
+    """
+    bound = inspect.signature(op).bind(*args, **kwargs).arguments
+    ours = _results_and_gradients(op, bound)
+    with use_backend("eager"):
+        eager = _results_and_gradients(op, bound)
+        truth = _results_and_gradients(op, {name: _to_float64(value) for name, value in bound.items()})
+    assert ours.keys() == eager.keys(), f"{op.__name__} gives {sorted(ours)}, eager {sorted(eager)}"
+    for name, result in ours.items():
+        if not name.startswith("gradient") and result.stride() != eager[name].stride():
+            raise AssertionError(f"{name} has strides {result.stride()}, eager's has {eager[name].stride()}")
+        assert_as_accurate(result, eager[name], truth[name], name=f"{name} of {op.__name__}")
+
+
+def _results_and_gradients(op: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """By name: "result 0", ... and "gradient of x", ..."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    bound = inspect.signature(op).bind_partial()
+    bound.arguments.update(arguments | leaves)
+    with torch.enable_grad():
+        returned = op(*bound.args, **bound.kwargs)
+    outputs = [output for output in (returned if isinstance(returned, tuple) else (returned,)) if output is not None]
+    generator = torch.Generator().manual_seed(0)
+    # Rounded to the narrowest dtype, so that all three runs start from the same numbers.
+    weights = [
+        torch.randn(output.shape, generator=generator).bfloat16().to(output.device, output.dtype) for output in outputs
+    ]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
+    results = {f"result {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def _to_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def assert_model_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "output") -> None:
@@ -146,8 +220,8 @@ def _check_not_finite(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> 
     if not agrees.all():
         place = tuple(int(i) for i in (~agrees).nonzero()[0])
         raise AssertionError(
-            f"{name} has {ours[place].item():.9g} at {place}, where eager has {eager[place].item():.9g} and the truth is "
-            f"{truth[place].item():.9g}; {int((~agrees).sum())} of {agrees.numel()} elements differ so"
+            f"{name} has {ours[place].item():.9g} at {place}, where eager has {eager[place].item():.9g} and the "
+            f"truth is {truth[place].item():.9g}; {int((~agrees).sum())} of {agrees.numel()} elements differ so"
         )
 
 

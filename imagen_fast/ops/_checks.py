@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import nearest
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BESIDE_EACH_OTHER = FLOATING[:3]
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -18,13 +19,15 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {x.layout}")
 
 
 def parameter(name: str, p: Tensor, x: Tensor) -> None:
     """p may stand beside x: on its device, and of its dtype, or any two of 16 and 32 bits."""
     if not isinstance(p, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(p).__name__}")
-    if p.dtype != x.dtype and (p.dtype not in FLOATING[:3] or x.dtype not in FLOATING[:3]):
+    if p.dtype != x.dtype and not (p.dtype in _BESIDE_EACH_OTHER and x.dtype in _BESIDE_EACH_OTHER):
         needed = "float64" if x.dtype == torch.float64 else "float16, bfloat16 or float32"
         raise TypeError(f"{name} must be {needed} beside an x of {x.dtype}, got {p.dtype}")
     if p.device != x.device:

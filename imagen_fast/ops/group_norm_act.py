@@ -4,13 +4,15 @@
     t    = (xhat * weight + bias) * (1 + scale) + shift
     y    = activation(t)
 
-Group normalisation: Wu and He, "Group Normalization", 2018. Its scale-shift form: Dhariwal and Nichol, "Diffusion Models
-Beat GANs on Image Synthesis", 2021, section 3; used by Imagen (SiLU) and DeepFloyd IF (GELU) before every convolution.
+Group normalisation: Wu and He, "Group Normalization", 2018. Its scale-shift form: Dhariwal and Nichol, "Diffusion
+Models Beat GANs on Image Synthesis", 2021, section 3; used by Imagen (SiLU) and DeepFloyd IF (GELU) before every
+convolution.
 
 The backward pass recomputes t from x. With dt = dy * activation'(t) and the sums over positions of every (sample,
 channel), S = sum dt and T = sum dt * xhat, the parameters' gradients are
 
-    dshift = S      dscale = weight * T + bias * S      dweight = sum_B (1 + scale) * T      dbias = sum_B (1 + scale) * S
+    dshift  = S                         dscale = weight * T + bias * S
+    dweight = sum_B (1 + scale) * T     dbias  = sum_B (1 + scale) * S
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Op, dtypes
+from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, dense_like, is_dense
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
 from . import _checks
@@ -168,17 +170,17 @@ def _run_eager(call: _Call) -> Tensor:
 
 def _run_cpu(call: _Call) -> Tensor:
     x, num_groups, weight, bias, scale, shift, activation, eps = call
+    if weight is not None:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     batch_and_channels = x.shape[:2]
-    return _forward(
-        dense(x),
-        num_groups,
-        weight if weight is None else weight.contiguous(),
-        bias if bias is None else bias.contiguous(),
-        scale if scale is None else scale.expand(batch_and_channels),
-        shift if shift is None else shift.expand(batch_and_channels),
-        _ACTIVATION_CODES[activation],
-        eps,
-    )[0]
+    if scale is not None and scale.shape != batch_and_channels:
+        scale = scale.expand(batch_and_channels)
+    if shift is not None and shift.shape != batch_and_channels:
+        shift = shift.expand(batch_and_channels)
+    arguments = (dense(x), num_groups, weight, bias, scale, shift, _ACTIVATION_CODES[activation], eps)
+    return run_operator(_forward, *arguments)[0]
 
 
 def _notes(call: _Call) -> list[str]:
@@ -235,8 +237,8 @@ def group_norm_act(
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it needs.
         BackendError: the backend that `use_backend` forces cannot serve this call.
 
-    Source: Wu and He, "Group Normalization", 2018; scale and shift as in Dhariwal and Nichol, "Diffusion Models Beat GANs
-    on Image Synthesis", 2021; SiLU as in Imagen (Saharia et al., 2022), GELU as in DeepFloyd IF.
+    Source: Wu and He, "Group Normalization", 2018; scale and shift as in Dhariwal and Nichol, "Diffusion Models Beat
+    GANs on Image Synthesis", 2021; SiLU as in Imagen (Saharia et al., 2022), GELU as in DeepFloyd IF.
 
     Example:
         >>> scale, shift = time_projection(embedding).chunk(2, dim=1)  # (B, C) each

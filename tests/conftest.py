@@ -1,0 +1,55 @@
+"""Fixtures that run a test on every kernel that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import imagen_fast
+from imagen_fast import _native
+
+CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")  # each machine has a prefix of this list
+
+
+def _kernels() -> list[str]:
+    """Every backend but eager; the C++ one once for each instruction set."""
+    if _native.unavailable_reason() is not None:
+        return ["cpu"]
+    best = CPU_CAPABILITIES.index(_native.cpu_capability())
+    return [f"cpu-{capability}" for capability in CPU_CAPABILITIES[: best + 1]]
+
+
+@pytest.fixture(params=_kernels())
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces one kernel: a backend, and for the C++ kernels an instruction set."""
+    backend, _, capability = request.param.partition("-")
+    if backend == "cpu" and _native.unavailable_reason() is not None:
+        pytest.skip(_native.unavailable_reason() or "")
+    best = _native.cpu_capability()
+    with imagen_fast.use_backend(backend):
+        _native.set_cpu_capability(capability)
+        try:
+            yield request.param
+        finally:
+            _native.set_cpu_capability(best)
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces one backend, eager among them; the C++ kernels with the best instruction set alone."""
+    if request.param == "cpu" and _native.unavailable_reason() is not None:
+        pytest.skip(_native.unavailable_reason() or "")
+    with imagen_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that PyTorch allocates and does not fill is full of NaN, so that an element left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, its default
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
