@@ -32,7 +32,9 @@ PACKAGE_FOLDERS = {"imagen_fast.kernels": "kernels/triton", "imagen_fast.bench":
 
 # PyTorch 2.11: the oldest version whose stable ABI the sources use
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+# No contraction: which a * b + c become one instruction would depend on what is inlined where, and bits with it. The
+# kernels ask for fused operations by name.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # The last two: false alarms inside GCC 12's own AVX-512 header
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 

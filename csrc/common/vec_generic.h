@@ -69,10 +69,15 @@ struct Vec {
 template <typename S>
 using VecMask = typename Vec<S>::Mask;
 
-// a * b + c
+// a * b + c, rounded once where the machine has an instruction for it
 template <typename S>
 IMAGEN_FAST_INLINE Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) {
+#ifdef __FP_FAST_FMAF
+  for (int i = 0; i < Vec<S>::kWidth; ++i) c.raw[i] = std::fma(a.raw[i], b.raw[i], c.raw[i]);
+  return c;
+#else
   return a * b + c;
+#endif
 }
 
 template <typename S>
