@@ -18,7 +18,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
-COMPILER       := $(firstword $(foreach name,$(CXX) c++ g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+NATIVE_LIBRARY := imagen_fast/lib/libimagen_fast_cpu.so
 
 .PHONY: demo test lint bench clean distclean setup
 .DELETE_ON_ERROR:
@@ -42,12 +42,12 @@ bench: setup
 clean:
 	rm -rf build dist imagen_fast/lib *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	rm -f $(VENV)/.package
+	rm -f $(VENV)/.native
 
 distclean: clean
 	rm -rf $(VENV)
 
-setup: $(VENV)/.package
+setup: $(VENV)/.native $(VENV)/.package
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -56,23 +56,28 @@ $(VENV)/.created:
 	  echo "imagen_fast needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make virtual environments: its venv module is missing (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)."
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.torch: requirements-torch.txt $(VENV)/.created
-	@echo "Installing PyTorch into $(VENV): once, and the longest part of the set-up."
-	$(PIP) install -c requirements.txt -r requirements-torch.txt
+	@echo "Installing PyTorch into $(VENV), once."
+	@$(PIP) install -c requirements.txt -r requirements-torch.txt
 	@touch $@
 
 $(VENV)/.requirements: requirements.txt $(VENV)/.torch
 	@echo "Installing the other packages, as pinned in requirements.txt."
-	$(PIP) install -q -c requirements-torch.txt -r requirements.txt
+	@$(PIP) install -q -c requirements-torch.txt -r requirements.txt
 	@touch $@
 
-# Without a compiler the package still installs and runs on plain PyTorch. The stamp is then left out, so that the next
+# Without a C++ compiler this says so and everything runs on plain PyTorch. The stamp is then left out, so that the next
 # call looks for a compiler again.
-$(VENV)/.package: setup.py pyproject.toml $(NATIVE_SOURCES) $(VENV)/.requirements
-	$(if $(COMPILER),,@echo "No C++ compiler found (c++, g++, clang++, or CXX=...): the CPU kernels are not built and everything runs on plain PyTorch." >&2)
-	@echo "Building imagen_fast."
-	$(PIP) install -q -e . --no-build-isolation --no-deps
-	$(if $(COMPILER),@touch $@)
+$(VENV)/.native: setup.py $(NATIVE_SOURCES) $(VENV)/.requirements
+	@echo "Building the C++ library: a minute or more the first time, later only what changed."
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@test ! -e $(NATIVE_LIBRARY) || touch $@
+
+$(VENV)/.package: setup.py pyproject.toml $(VENV)/.requirements | $(VENV)/.native
+	@echo "Installing imagen_fast itself, in place."
+	@$(PIP) install -q -e . --no-build-isolation --no-deps
+	@touch $@

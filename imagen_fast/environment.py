@@ -158,10 +158,10 @@ def _cpu_capability() -> str:
     """What the kernels use; without them, what PyTorch uses."""
     import torch
 
-    from . import backends
+    from . import _native
 
-    if backends.unavailable_reason("cpu") is None:
-        return torch.ops.imagen_fast._cpu_capability()
+    if _native.unavailable_reason() is None:
+        return _native.cpu_capability()
     return f"{torch.backends.cpu.get_cpu_capability()} (PyTorch's; the kernels are not built)"
 
 
