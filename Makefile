@@ -35,6 +35,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
+	$(BIN)/python tools/update_readme.py --check
 
 bench: setup
 	@$(BIN)/imagen-fast bench $(ARGS)
