@@ -76,8 +76,10 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(mode)  # safetensors writes files that their owner alone may read
                 _flush_to_disk(file)
         if path.exists():
             os.replace(path, retired)

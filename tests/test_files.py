@@ -177,6 +177,14 @@ def test_atomic_directory_replaces_the_old_one_as_a_whole(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_atomic_directory_may_be_read_by_those_who_may_read_the_directory(tmp_path):
+    with atomic_directory(tmp_path / "model") as temporary:
+        write(temporary / "weights", "")
+        (temporary / "weights").chmod(0o600)
+    directory = (tmp_path / "model").stat().st_mode
+    assert (tmp_path / "model" / "weights").stat().st_mode & 0o777 == directory & 0o666
+
+
 def test_atomic_directory_keeps_the_old_one_when_the_block_raises(tmp_path):
     path = tmp_path / "model"
     path.mkdir()
