@@ -5,6 +5,7 @@ alphas_cumprod[t] is ᾱ_t of q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I); i
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -70,7 +71,7 @@ def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading
     _check_positive(n)
     if not isinstance(steps, int):
         timesteps = [int(t) for t in steps]
-        falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(timesteps))
         if not timesteps or not falling or timesteps[0] >= n or timesteps[-1] < 0:
             raise ValueError(f"steps must fall strictly and lie in [0, {n}), got {timesteps}")
         return timesteps

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Attention, NumberEmbedding, ResnetBlock, TextConditioning, norm_groups
+from .layers import Attention, GroupNormSiLU, NumberEmbedding, ResnetBlock, TextCondition, TextConditioning, norm_groups
 from .unet import embed_inputs
 
 
@@ -56,12 +55,10 @@ class EfficientUNetConfig:
 class EfficientUNet(nn.Module):
     """Predicts noise, v or x0 of a noisy picture from its timestep, a low-resolution picture and the text."""
 
-    config_class = EfficientUNetConfig
-    low_resolution_input = True
-
     def __init__(self, config: EfficientUNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.size_factor = 2 ** len(config.multipliers)
         widths = [config.channels * m for m in config.multipliers]
         embedding = 4 * config.channels
         self.time = NumberEmbedding(config.channels, embedding)
@@ -76,7 +73,7 @@ class EfficientUNet(nn.Module):
             # The way up adds the skip of the same level, then returns to the width of the level above.
             self.up.insert(0, UpBlock(level_width, width, level, config, embedding))
             width = level_width
-        self.norm_out = nn.GroupNorm(norm_groups(config.groups, config.channels), config.channels)
+        self.norm_out = GroupNormSiLU(norm_groups(config.groups, config.channels), config.channels)
         self.conv_out = nn.Conv2d(config.channels, config.out_channels, 3, padding=1)
 
     def forward(
@@ -96,7 +93,7 @@ class EfficientUNet(nn.Module):
             text, text_mask: as for the base U-Net.
             augmentation: (B,), the timestep up to which noise was added to the low-resolution picture.
         """
-        x, embedding, condition = embed_inputs(self, x, timestep, text, text_mask)
+        embedding, condition = embed_inputs(self, x, timestep, text, text_mask)
         embedding = embedding + self.augmentation(augmentation)
         h = self.conv_in(x)
         skips = []
@@ -105,7 +102,7 @@ class EfficientUNet(nn.Module):
             skips.append(h)
         for block in self.up:
             h = block(h, skips.pop(), embedding, condition)
-        return self.conv_out(nn.functional.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class DownBlock(nn.Module):
@@ -116,7 +113,7 @@ class DownBlock(nn.Module):
         self.downsample = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
         self.resnets, self.attention = _level(c_out, c_out, level, config, embedding)
 
-    def forward(self, x: Tensor, embedding: Tensor, condition: Any) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, condition: TextCondition | None) -> Tensor:
         h = self.downsample(x)
         for resnet in self.resnets:
             h = resnet(h, embedding)
@@ -131,7 +128,7 @@ class UpBlock(nn.Module):
         self.resnets, self.attention = _level(2 * c_in, c_in, level, config, embedding)
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
 
-    def forward(self, x: Tensor, skip: Tensor, embedding: Tensor, condition: Any) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor, embedding: Tensor, condition: TextCondition | None) -> Tensor:
         h = torch.cat((x, skip * math.sqrt(0.5)), dim=1)
         for resnet in self.resnets:
             h = resnet(h, embedding)

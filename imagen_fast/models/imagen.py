@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..config import from_dict, read_json, to_dict
 from ..diffusion.sampling import Model, Noise, sample_loop
+from ..errors import CheckpointError, OutputError
+from ..files import atomic_directory
+from . import checkpoint
 from .cascade_config import ImagenConfig, StageConfig
 from .t5 import T5Encoder
 
 if TYPE_CHECKING:
-    import os
-
     from PIL.Image import Image
 
-SHIPPED = ("emoji",)
+FORMAT = 1  # of the directory that save_pretrained writes
 
 
 class Imagen(nn.Module):
@@ -47,6 +51,67 @@ class Imagen(nn.Module):
         self.config = config
         self.text_encoder = text_encoder
         self.unets = nn.ModuleDict({stage.name: stage.build() for stage in config.stages})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Imagen:
+        """The cascade that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: its path, or the name of a cascade that ships with the package: "emoji".
+            dtype: of the weights; None leaves them as they are stored.
+            device: where they go; the CPU if None.
+
+        Raises:
+            CheckpointError: a file or tensor is missing or does not fit; the message names it.
+        """
+        path = _find(directory)
+        values = read_json(path / "config.json")
+        if values.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{path / 'config.json'} is not a cascade of format {FORMAT}")
+        try:
+            config = from_dict(ImagenConfig, values, str(path / "config.json"))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        # All headers are checked before the first tensor is read: U-Nets on the meta device, then the text encoder.
+        unets = {}
+        for stage in config.stages:
+            with torch.device("meta"):
+                unets[stage.name] = stage.build()
+            checkpoint.check_module(unets[stage.name], path, stage.name)
+        text_encoder = T5Encoder.from_pretrained(path / "text_encoder", dtype=dtype)
+        with torch.device("meta"):
+            model = cls(config, text_encoder)
+        for name, unet in unets.items():
+            checkpoint.load_module(unet, path, name, dtype)
+            model.unets[name] = unet
+        return model.to(device).eval().requires_grad_(False)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write the cascade as a directory: config.json, one safetensors file per U-Net, and the text encoder in
+        Hugging Face's layout.
+
+        Args:
+            directory: created, or replaced if it holds a cascade; it appears only once it is whole.
+            dtype: of the stored weights; theirs if None.
+
+        Raises:
+            OutputError: it cannot be written, or holds something else.
+        """
+        directory = Path(directory)
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
+            raise OutputError(f"cannot write {directory}: it holds something else than a cascade")
+        with atomic_directory(directory) as folder:
+            checkpoint.write_json(folder / "config.json", {"format": FORMAT, **to_dict(self.config)})
+            for name, unet in self.unets.items():
+                state = unet.state_dict()
+                dtypes = dict.fromkeys(state, dtype) if dtype is not None else None
+                checkpoint.write(folder, state, stem=name, dtypes=dtypes)
+            self.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +198,18 @@ class Imagen(nn.Module):
         if len(seeds) != count:
             raise ValueError(f"seed must be one number, or one per prompt: {count}, got {len(seeds)}")
         return seeds
+
+
+def _find(directory: str | os.PathLike[str]) -> Path:
+    """The path of a cascade, or of one that ships with the package."""
+    path = Path(directory)
+    if path.is_dir():
+        return path
+    shipped = Path(str(resources.files(__package__) / "weights"))
+    if (shipped / path.name / "config.json").is_file() and path.name == os.fspath(directory):
+        return shipped / path.name
+    names = sorted(p.name for p in shipped.iterdir() if (p / "config.json").is_file()) if shipped.is_dir() else []
+    raise CheckpointError(f"no cascade {os.fspath(directory)!r}: not a directory, and not one of {', '.join(names)}")
 
 
 def guided_model(

@@ -114,6 +114,14 @@ class ResnetBlock(nn.Module):
         return self.skip(resampled(x, self.resample)) + h
 
 
+class GroupNormSiLU(nn.GroupNorm):
+    """Group norm, then SiLU: what a U-Net ends with before its last convolution. The parameters are the norm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) → the same shape."""
+        return F.silu(super().forward(x))
+
+
 class Attention(nn.Module):
     """Attention of pixels to the text, and with `self_attention` to all pixels too: keys are the text, then pixels."""
 
@@ -132,8 +140,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, text: TextCondition | None) -> Tensor:
         """x (B, C, H, W) → the same shape, residual added."""
+        return x + self.attend(self.norm(x), text)
+
+    def attend(self, x: Tensor, text: TextCondition | None) -> Tensor:
+        """The normalised x (B, C, H, W) → what attention adds to the residual, of the same shape."""
         batch, channels, height, width = x.shape
-        pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        pixels = x.flatten(2).transpose(1, 2)  # (B, H·W, C)
         q = self._split_heads(self.to_q(pixels))
         segments, masks = [], []
         if self.to_text_kv is not None and text is not None:
@@ -146,7 +158,7 @@ class Attention(nn.Module):
         mask = torch.cat(masks, dim=1)[:, None, None] if text is not None else None
         h = F.scaled_dot_product_attention(q, self._split_heads(k), self._split_heads(v), attn_mask=mask)
         h = self.to_out(h.transpose(1, 2).reshape(batch, height * width, channels))
-        return x + h.transpose(1, 2).reshape(batch, channels, height, width)
+        return h.transpose(1, 2).reshape(batch, channels, height, width)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, L, C) → (B, heads, L, C / heads)."""

@@ -7,12 +7,17 @@ attention layer, and the pooled text to the time embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Attention, NumberEmbedding, ResnetBlock, TextConditioning, norm_groups
+from .layers import Attention, GroupNormSiLU, NumberEmbedding, ResnetBlock, TextCondition, TextConditioning, norm_groups
+
+if TYPE_CHECKING:
+    from .efficient_unet import EfficientUNet
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,16 @@ class UNetConfig:
 class UNet(nn.Module):
     """Predicts noise, v or x0 of a noisy picture from its timestep and the text."""
 
-    config_class = UNetConfig
-    low_resolution_input = False
-
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.size_factor = 2 ** (len(config.multipliers) - 1)
         widths = [config.channels * m for m in config.multipliers]
         embedding = 4 * config.channels
         self.time = NumberEmbedding(config.channels, embedding)
         self.text = TextConditioning(config.text_dim, embedding) if config.text_dim is not None else None
 
-        def resnet(c_in: int, c_out: int, **kwargs) -> ResnetBlock:
+        def resnet(c_in: int, c_out: int, **kwargs: Any) -> ResnetBlock:
             groups = min(norm_groups(config.groups, c_in), norm_groups(config.groups, c_out))
             return ResnetBlock(c_in, c_out, embedding, groups=groups, dropout=config.dropout, **kwargs)
 
@@ -95,10 +98,10 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(_Step(resnet(width, width, resample="up"), reads_skip=False))
 
-        self.norm_out = nn.GroupNorm(norm_groups(config.groups, width), width)
+        self.norm_out = GroupNormSiLU(norm_groups(config.groups, width), width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def _attention(self, build, level: int) -> Attention | None:
+    def _attention(self, build: Callable[[int], Attention], level: int) -> Attention | None:
         return build(level) if level in self.config.attention_levels else None
 
     def forward(
@@ -111,7 +114,7 @@ class UNet(nn.Module):
             text: features of the text encoder (B, L, text_dim), or None.
             text_mask: (B, L) bool, True where there is text; a row of False samples without the text.
         """
-        x, embedding, condition = embed_inputs(self, x, timestep, text, text_mask)
+        embedding, condition = embed_inputs(self, x, timestep, text, text_mask)
         h = self.conv_in(x)
         skips = [h]
         for step in self.down:
@@ -121,7 +124,7 @@ class UNet(nn.Module):
         h = self.middle2(h, embedding, condition)
         for step in self.up:
             h = step(torch.cat((h, skips.pop()), dim=1) if step.reads_skip else h, embedding, condition)
-        return self.conv_out(nn.functional.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class _Step(nn.Module):
@@ -131,24 +134,26 @@ class _Step(nn.Module):
         super().__init__()
         self.resnet, self.attention, self.reads_skip = resnet, attention, reads_skip
 
-    def forward(self, x: Tensor, embedding: Tensor, condition) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, condition: TextCondition | None) -> Tensor:
         h = self.resnet(x, embedding)
         return h if self.attention is None else self.attention(h, condition)
 
 
-def embed_inputs(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor | None, text_mask: Tensor | None):
-    """Check a U-Net's inputs; return x in the model's dtype, the embedding (B, E) and the text for attention."""
+def embed_inputs(
+    model: UNet | EfficientUNet, x: Tensor, timestep: Tensor, text: Tensor | None, text_mask: Tensor | None
+) -> tuple[Tensor, TextCondition | None]:
+    """Check a U-Net's inputs; return the embedding of time and text (B, E), and the text for attention."""
     config = model.config
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(f"x must be (B, {config.in_channels}, H, W), got {tuple(x.shape)}")
     if timestep.shape != x.shape[:1]:
         raise ValueError(f"timestep must be ({x.shape[0]},), got {tuple(timestep.shape)}")
-    factor = 2 ** (len(config.multipliers) - (0 if model.low_resolution_input else 1))
-    if x.shape[2] % factor or x.shape[3] % factor:
-        raise ValueError(f"x must have a height and width divisible by {factor}, got {tuple(x.shape)}")
+    if x.shape[2] % model.size_factor or x.shape[3] % model.size_factor:
+        raise ValueError(f"x must have a height and width divisible by {model.size_factor}, got {tuple(x.shape)}")
     embedding = model.time(timestep)
     if model.text is None:
-        return x, embedding, None
+        return embedding, None
+    assert config.text_dim is not None
     if text is None:
         text = torch.zeros(x.shape[0], 1, config.text_dim, dtype=x.dtype, device=x.device)
         text_mask = torch.zeros(x.shape[0], 1, dtype=torch.bool, device=x.device)
@@ -159,4 +164,4 @@ def embed_inputs(model: nn.Module, x: Tensor, timestep: Tensor, text: Tensor | N
     if text_mask.shape != text.shape[:2]:
         raise ValueError(f"text_mask must be {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
     condition, pooled = model.text(text, text_mask.bool())
-    return x, embedding + pooled, condition
+    return embedding + pooled, condition

@@ -21,7 +21,7 @@ from .stages import BaseStage, Stage, SuperResolutionStage
 def save_sample_grid(
     stage: Stage, modules: nn.ModuleDict, path: Path, *, steps: int = 25, guidance: float = 3.0
 ) -> None:
-    """Sample with the averaged weights and save a grid: the prompts' pictures, or low and high resolution side by side."""
+    """Sample with the averaged weights and save a grid: the prompts' pictures, or low resolution above high."""
     config = stage.config
     table = StepTable.ddim(
         squaredcos_cap_v2(config.train_timesteps), steps=steps, prediction=config.prediction, spacing="trailing"
@@ -39,6 +39,7 @@ def save_sample_grid(
 def _base_samples(stage: BaseStage, modules: nn.ModuleDict, table: StepTable, guidance: float) -> Tensor:
     config = stage.config
     prompts = config.sample_prompts or tuple(stage.dataset.name(i, "en") for i in range(min(16, len(stage.dataset))))
+    assert stage.tokenizer is not None
     input_ids, mask = stage.tokenizer(list(prompts), max_length=config.max_text_length)
     text = modules["text_encoder"](input_ids, mask)
     model = guided_model(modules["unet"], text, mask, guidance)

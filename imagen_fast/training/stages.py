@@ -70,6 +70,8 @@ class BaseStage(Stage):
     """Captions to small pictures; the text encoder is trained along."""
 
     def _build(self) -> nn.ModuleDict:
+        assert self.config.text_encoder is not None
+        assert self.config.unet is not None
         encoder = T5Encoder(self.config.text_encoder)
         self.tokenizer = encoder.tokenizer
         self.small = resized(self.dataset.images, self.config.size)
@@ -81,6 +83,7 @@ class BaseStage(Stage):
             language = ("en", "zh")[int(torch.randint(2, (), generator=generator))]
             choices = self.dataset.captions(index, "train", language)
             captions.append(choices[int(torch.randint(len(choices), (), generator=generator))])
+        assert self.tokenizer is not None
         input_ids, mask = self.tokenizer(captions, max_length=self.config.max_text_length)
         dropped = torch.rand(len(indices), generator=generator) < self.config.text_dropout
         return self.small[indices], {"input_ids": input_ids, "mask": mask, "dropped": dropped}
@@ -94,9 +97,10 @@ class SuperResolutionStage(Stage):
     """Low-resolution pictures to large ones, on crops, with noise-conditioning augmentation."""
 
     def _build(self) -> nn.ModuleDict:
+        assert self.config.efficient_unet is not None
+        assert self.config.low_resolution is not None
         self.large = resized(self.dataset.images, self.config.size)
-        small = resized(self.dataset.images, self.config.low_resolution)
-        self.small = small
+        self.small = resized(self.dataset.images, self.config.low_resolution)
         return nn.ModuleDict({"unet": EfficientUNet(self.config.efficient_unet)})
 
     def _pictures(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -82,7 +82,7 @@ class TrainingRun:
 
     def __init__(self, config: TrainConfig, stage: Stage) -> None:
         self.config, self.stage, self.step = config, stage, 0
-        stage.modules.to(memory_format=torch.channels_last)
+        stage.modules.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.names, self.parameters = zip(*stage.modules.named_parameters(), strict=True)
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(

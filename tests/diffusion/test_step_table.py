@@ -1,0 +1,112 @@
+"""Solvers as tables: against the papers' equations, and against models that know the answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from imagen_fast.diffusion import StepTable, squaredcos_cap_v2
+from imagen_fast.reference.sampler_step import sampler_step
+
+ALPHAS = squaredcos_cap_v2(1000)
+PREDICTIONS = ("epsilon", "v", "x0")
+
+
+def output_of(prediction: str, x0: torch.Tensor, sample: torch.Tensor, timestep: int) -> torch.Tensor:
+    """What a model that knows x0 predicts."""
+    signal, sigma = ALPHAS[timestep].sqrt(), (1 - ALPHAS[timestep]).sqrt()
+    epsilon = (sample - signal * x0) / sigma
+    return {"epsilon": epsilon, "x0": x0, "v": signal * epsilon - sigma * x0}[prediction]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        StepTable.ddpm,
+        StepTable.ddim,
+        lambda *a, **k: StepTable.ddim(*a, eta=0.7, **k),
+        lambda *a, **k: StepTable.ddim(*a, clipped_epsilon=True, **k),
+    ],
+    ids=["ddpm", "ddim", "ddim-eta", "ddim-clipped"],
+)
+def test_a_model_that_knows_x0_leads_there(build, prediction, spacing):
+    table = build(ALPHAS, steps=13, prediction=prediction, spacing=spacing)
+    x0, sample = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    for index, timestep in enumerate(table.timesteps):
+        output = output_of(prediction, x0, sample, timestep)
+        sample, predicted = sampler_step(sample, output, table, index, noise=randn(2, 3, 4, 4, seed=index + 2))
+        torch.testing.assert_close(predicted, x0, rtol=1e-6, atol=1e-6)
+    # The last step adds no noise; DDIM with eta > 0 has none to add there either, for it ends at ᾱ = 1.
+    torch.testing.assert_close(sample, x0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_over_all_timesteps_is_equation_7(prediction):
+    """μ̃ = √ᾱ_{t−1} β_t / (1 − ᾱ_t) x0 + √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t) x_t, with variance β̃_t."""
+    table = StepTable.ddpm(ALPHAS, steps=1000, prediction=prediction)
+    x0, sample, noise = randn(1, 3, 2, 2), randn(1, 3, 2, 2, seed=1), randn(1, 3, 2, 2, seed=2)
+    for t in (999, 400, 1):
+        alpha_bar, previous = ALPHAS[t], ALPHAS[t - 1]
+        alpha = alpha_bar / previous
+        mean = previous.sqrt() * (1 - alpha) / (1 - alpha_bar) * x0
+        mean = mean + alpha.sqrt() * (1 - previous) / (1 - alpha_bar) * sample
+        variance = (1 - previous) / (1 - alpha_bar) * (1 - alpha)
+        output = output_of(prediction, x0, sample, t)
+        following, _ = sampler_step(sample, output, table, 999 - t, noise=noise)
+        torch.testing.assert_close(following, mean + variance.sqrt() * noise, rtol=1e-7, atol=1e-7)
+
+
+def test_variances_of_ddpm():
+    rows = {v: StepTable.ddpm(ALPHAS, steps=50, variance=v).row(10) for v in ("fixed_small", "fixed_large")}
+    learned = StepTable.ddpm(ALPHAS, steps=50, variance="learned_range").row(10)
+    assert rows["fixed_small"]["noise_scale"] < rows["fixed_large"]["noise_scale"]
+    assert learned["min_log_variance"] == pytest.approx(2 * torch.tensor(rows["fixed_small"]["noise_scale"]).log().item())
+    assert learned["max_log_variance"] == pytest.approx(2 * torch.tensor(rows["fixed_large"]["noise_scale"]).log().item())
+
+
+def test_learned_variance_interpolates_log_variances():
+    table = StepTable.ddpm(ALPHAS, steps=50, variance="learned_range")
+    small = StepTable.ddpm(ALPHAS, steps=50, variance="fixed_small")
+    large = StepTable.ddpm(ALPHAS, steps=50, variance="fixed_large")
+    sample, output, noise = randn(2, 3, 2, 2), randn(2, 3, 2, 2, seed=1), randn(2, 3, 2, 2, seed=2)
+    for level, fixed in ((-1.0, small), (1.0, large)):
+        with_variance = torch.cat((output, torch.full_like(output, level)), dim=1)
+        ours, _ = sampler_step(sample, with_variance, table, 7, noise=noise)
+        expected, _ = sampler_step(sample, output, fixed, 7, noise=noise)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_eta_one_has_ddpms_variance():
+    ddim, ddpm = StepTable.ddim(ALPHAS, steps=50, eta=1.0), StepTable.ddpm(ALPHAS, steps=50)
+    for index in (0, 20, 48):
+        assert ddim.row(index)["noise_scale"] == pytest.approx(ddpm.row(index)["noise_scale"])
+
+
+def test_uses_and_length():
+    ddim, ddpm = StepTable.ddim(ALPHAS, steps=5), StepTable.ddpm(ALPHAS, steps=5)
+    assert len(ddim) == len(ddpm) == 5
+    assert not ddim.uses("noise_scale")
+    assert ddpm.uses("noise_scale")
+    assert ddpm.row(4)["noise_scale"] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: StepTable.ddpm(ALPHAS, steps=5, prediction="noise"), ValueError, "prediction"),
+        (lambda: StepTable.ddpm(ALPHAS, steps=5, variance="none"), ValueError, "variance"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5, eta=2.0), ValueError, "eta"),
+        (lambda: StepTable.ddim(ALPHAS[None], steps=5), ValueError, "alphas_cumprod"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5).row(5), IndexError, "index"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5).row(-1), IndexError, "index"),
+    ],
+)
+def test_rejects(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
