@@ -1,0 +1,87 @@
+"""Correctness, before anything is timed: ours against float64, by the rule of `imagen_fast.testing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import testing
+from .registry import Case, Function
+from .timing import output_gradients, tensors
+
+
+class Truth(NamedTuple):
+    """What results of a case are held to, by the name of the output ("output", "grad x", ...)."""
+
+    truth: dict[str, Tensor]
+    eager: dict[str, Tensor]
+
+
+class Accuracy(NamedTuple):
+    """The output or gradient of ours that came nearest to its limit; errors relative to the truth's largest value."""
+
+    worst: str
+    error: float
+    allowed: float
+
+
+def results(
+    case: Case,
+    function: Function,
+    values: dict[str, Any],
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    upstream: list[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The outputs of `function` on `values`, and the gradients where the case has a backward, by name.
+
+    `upstream` are the gradients of the outputs; without them they are random, and the same for every function.
+    """
+    with context(), torch.set_grad_enabled(case.direction != "forward"):
+        outputs = tensors(function(**values))
+        named = {f"output {i}" if i else "output": output.detach() for i, output in enumerate(outputs)}
+        if case.direction != "forward":
+            inputs = [values[name] for name in case.differentiable]
+            gradients = torch.autograd.grad(outputs, inputs, upstream or output_gradients(outputs))
+            named |= {f"grad {name}": gradient for name, gradient in zip(case.differentiable, gradients, strict=True)}
+    return named
+
+
+def truth(case: Case, values: dict[str, Any]) -> Truth:
+    """The case's truth in float64 on the inputs as they are, and eager PyTorch's result in their dtype."""
+    exact = {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in values.items()
+    }
+    # Rounded to the dtype of the case first, as every implementation gets them.
+    upstream = None
+    if case.direction != "forward":
+        upstream = [gradient.double() for gradient in output_gradients(case.eager(**values))]
+    return Truth(results(case, case.truth, exact, upstream=upstream), results(case, case.eager, values))
+
+
+def accuracy(ours: dict[str, Tensor], against: Truth) -> Accuracy:
+    """Hold every output and gradient to the rule.
+
+    Raises:
+        AssertionError: one of them is less accurate than eager PyTorch allows.
+    """
+    worst = Accuracy("", 0.0, 0.0)
+    for name, value in ours.items():
+        eager, exact = against.eager[name], against.truth[name]
+        testing.assert_as_accurate(value, eager, exact, name=name)
+        error, allowed = testing.largest_error(value, eager, exact)
+        if not worst.worst or error * worst.allowed > worst.error * allowed:
+            worst = Accuracy(name, error, allowed)
+    return worst
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """The largest error relative to the truth's largest magnitude."""
+    size = exact.abs().max().item() if exact.numel() else 0.0
+    return (value.detach().double() - exact).abs().max().item() / size if size else 0.0

@@ -1,0 +1,163 @@
+"""One case, measured: every backend of ours checked, then timed in turns with every peer; gives the rows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends import NAMES, BackendError, use_backend
+from . import check, isolated
+from .floor import Limits
+from .peers import PeerError, PeerResult, prepare
+from .provenance import last_level_cache
+from .registry import CASES_DIRECTORY, Case, dtype_name, nbytes
+from .results import Failure, Row
+from .timing import Contender, Settings, Timing, contender, input_sets, interleave
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+_COLD_FACTOR = 4  # cold inputs exceed the last-level cache this many times
+_UNKNOWN_CACHE = 64 << 20
+
+
+def measure(
+    case: Case,
+    peers: Sequence[str],
+    settings: Settings,
+    limits: Limits,
+    directory: Path = CASES_DIRECTORY,
+) -> tuple[list[Row], list[Failure]]:
+    """Check and time one case on the CPU.
+
+    Args:
+        case: what to measure.
+        peers: names of the peers to time; those the case does not have are left out.
+        settings: how long.
+        limits: the machine's rates, extended by what this case needs.
+        directory: where the case's file stands, for processes of their own.
+
+    Returns:
+        A row for each backend of ours and peer, and a failure for whatever could not be checked or timed.
+    """
+    if "torch._dynamo" in sys.modules:  # else earlier cases' compilations make this one's shapes dynamic
+        torch._dynamo.reset()
+    values = case.make_inputs(0)
+    truth = check.truth(case, values)
+    backends, reasons = usable_backends(case, values)
+    failures = [] if backends else [Failure(case.name, "ours", f"no kernel can run it ({reasons})")]
+
+    accuracies = {}
+    for name, context in backends.items():
+        try:
+            accuracies[name] = check.accuracy(check.results(case, case.ours, values, context), truth)
+        except Exception as error:  # a wrong result, or a kernel that fails: one case less, not the end of the run
+            failures.append(Failure(case.name, name, f"{type(error).__name__}: {error}"))
+    if not accuracies:
+        return [], failures
+
+    sets = _set_count(values, settings)
+    inputs = input_sets(case, sets)
+    contenders = [contender(f"ours {name}", case, case.ours, inputs, backends[name]) for name in accuracies]
+    chosen = [peer for peer in case.peers if peer.name in peers]
+    prepared = {}
+    for peer in chosen:
+        if not peer.isolated:
+            try:
+                prepared[peer.name] = prepare(case, peer, values, truth)
+            except PeerError as error:
+                failures.append(Failure(case.name, peer.name, str(error)))
+                continue
+            variants, _ = prepared[peer.name]
+            contenders += [contender(f"{peer.name} {v}", case, p.function, inputs) for v, p in variants.items()]
+
+    timings = _interleave(contenders, settings, sets)
+    found: dict[str, PeerResult] = {}
+    for peer in chosen:
+        if peer.isolated:
+            try:
+                found[peer.name] = isolated.run(case, peer.name, settings, sets, directory)
+            except PeerError as error:
+                failures.append(Failure(case.name, peer.name, str(error)))
+        elif peer.name in prepared:
+            variants, seconds = prepared[peer.name]
+            best = min(variants, key=lambda v, name=peer.name: timings[f"{name} {v}"].median)  # type: ignore[misc]
+            found[peer.name] = PeerResult(best, timings[f"{peer.name} {best}"], variants[best].errors, seconds)
+
+    floor = limits.floor(case.bytes, case.flops, case.dtype)
+    rows = [
+        _row(case, backend, timings[f"ours {backend}"], accuracy, peer.name, found[peer.name], floor, not peer.isolated)
+        for backend, accuracy in accuracies.items()
+        for peer in chosen
+        if peer.name in found
+    ]
+    return rows, failures
+
+
+def usable_backends(case: Case, values: dict[str, Any]) -> tuple[dict[str, Context], str]:
+    """The kernel backends that can run the case, and why the others cannot."""
+    able: dict[str, Context] = {}
+    reasons = []
+    for name in NAMES:
+        if name == "eager":
+            continue
+        context = partial(use_backend, name)
+        try:
+            with context(), torch.no_grad():
+                case.ours(**values)
+        except BackendError as error:
+            reasons.append(str(error))
+        else:
+            able[name] = context
+    return able, "; ".join(reasons)
+
+
+def _set_count(values: dict[str, Any], settings: Settings) -> int:
+    if not settings.cold:
+        return 1
+    return max(2, math.ceil(_COLD_FACTOR * (last_level_cache() or _UNKNOWN_CACHE) / nbytes(values)))
+
+
+def _interleave(contenders: list[Contender], settings: Settings, sets: int) -> dict[str, Timing]:
+    return interleave(contenders, settings, batch=sets if settings.cold else None)
+
+
+def _row(
+    case: Case,
+    backend: str,
+    ours: Timing,
+    accuracy: check.Accuracy,
+    peer: str,
+    theirs: PeerResult,
+    floor: float,
+    interleaved: bool,
+) -> Row:
+    return Row(
+        case=case.name,
+        title=case.title,
+        shape=case.shape,
+        dtype=dtype_name(case.dtype),
+        layout=case.layout,
+        direction=case.direction,
+        tags=tuple(sorted(case.tags)),
+        backend=backend,
+        peer=peer,
+        variant=theirs.variant,
+        ours=ours,
+        theirs=theirs.timing,
+        ratio=theirs.timing.median / ours.median,
+        floor=floor,
+        percent_of_floor=100 * floor / ours.median,
+        error=accuracy.error,
+        allowed_error=accuracy.allowed,
+        peer_error=theirs.errors[accuracy.worst],
+        worst=accuracy.worst,
+        preparation=theirs.preparation,
+        interleaved=interleaved,
+    )

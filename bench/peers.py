@@ -1,0 +1,103 @@
+"""Making peers ready, checking them, timing them alone; and the peers that many ops share."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import check
+from .registry import Case, Function, Peer
+from .timing import Settings, Timing, contender, input_sets, interleave
+
+
+class PeerError(RuntimeError):
+    """A peer cannot run a case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A variant of a peer, ready to be timed: its function, and its error on every output and gradient."""
+
+    function: Function
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """A peer's fastest variant. `preparation` is the seconds that building all variants took."""
+
+    variant: str
+    timing: Timing
+    errors: dict[str, float]
+    preparation: float
+
+
+def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) -> tuple[dict[str, Prepared], float]:
+    """Build every variant of a peer and measure its errors; returns them and the seconds that building took.
+
+    Raises:
+        PeerError: a variant cannot be built or run, or has other outputs than ours.
+    """
+    prepared, seconds = {}, 0.0
+    peer.load()
+    for label, build in peer.variants.items():
+        try:
+            start = time.perf_counter()
+            function = build(case)
+            seconds += time.perf_counter() - start
+            found = check.results(case, function, values)
+        except Exception as error:  # compilers and foreign libraries raise what they like
+            raise PeerError(f"{peer.name} ({label}): {type(error).__name__}: {_first_line(error)}") from error
+        for name, exact in truth.truth.items():
+            if name not in found or found[name].shape != exact.shape:
+                raise PeerError(f"{peer.name} ({label}) does not compute the same thing: {name} is missing or differs")
+        prepared[label] = Prepared(function, {n: check.error(found[n], exact) for n, exact in truth.truth.items()})
+    return prepared, seconds
+
+
+def time_alone(case: Case, peer: Peer, settings: Settings, sets: int) -> PeerResult:
+    """Prepare a peer and time its variants against each other alone, without ours."""
+    values = case.make_inputs(0)
+    prepared, seconds = prepare(case, peer, values, check.truth(case, values))
+    inputs = input_sets(case, sets)
+    timings = interleave([contender(label, case, p.function, inputs) for label, p in prepared.items()], settings)
+    best = min(timings, key=lambda label: timings[label].median)
+    return PeerResult(best, timings[best], prepared[best].errors, seconds)
+
+
+def compiled(function: Function, modes: tuple[str, ...] = ("default", "max-autotune")) -> Peer:
+    """The peer "compile": `torch.compile` of `function` in several modes, of which the fastest counts.
+
+    It is compiled for the exact shapes of the case (`dynamic=False`), as a model in use is after its first steps, and
+    from empty caches, so that its preparation is what a user waits for after a change.
+    """
+
+    def variant(mode: str) -> Callable[[Case], Function]:
+        return lambda case: _compile(function, mode, case)
+
+    variants: Mapping[str, Callable[[Case], Function]] = {mode: variant(mode) for mode in modes}
+    return Peer("compile", variants, load=_load_compiler)
+
+
+def _compile(function: Function, mode: str, case: Case) -> Function:
+    from torch._inductor.utils import fresh_cache
+
+    made: Function = torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+    with fresh_cache():
+        check.results(case, made, case.make_inputs(0))
+    return made
+
+
+@functools.cache
+def _load_compiler() -> None:
+    """Import the compiler and let it build what it builds once per machine, before any case's clock runs."""
+    torch.compile(lambda x: x.sin().sum())(torch.ones(4096))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

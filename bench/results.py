@@ -1,0 +1,131 @@
+"""What a run leaves behind: one JSON file per op and machine, read back with every key checked.
+
+    {"schema": 1, "op": ..., "complete": true, "settings": {...}, "provenance": {...}, "limits": {...},
+     "rows": [{"case": ..., "backend": ..., "peer": ..., "ours": {"median": ...}, "ratio": ..., ...}], "failures": []}
+
+A row is one comparison: a case, the backend of ours, and a peer. Times are seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import from_dict
+from ..errors import UserError
+from ..files import atomic_file
+from .floor import Limits
+from .provenance import Provenance
+from .timing import Settings, Timing
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        case, title, shape, dtype, layout, direction, tags: of the case (see `registry.Case`).
+        backend: which of our backends ran.
+        peer: what it was timed against; `variant` is the fastest of the peer's variants, whose times these are.
+        ours, theirs: seconds per call.
+        ratio: their median over ours; above 1, ours is faster.
+        floor: seconds below which this machine cannot go; `percent_of_floor` is how near ours comes (100 is the limit).
+        error, allowed_error: of ours against float64, of the output or gradient `worst` that came nearest to its limit.
+        peer_error: of the peer, on the same output or gradient.
+        preparation: seconds that the peer took before its first result (compiling), all its variants together.
+        interleaved: timed in turns with ours; false for a peer in a process of its own.
+    """
+
+    case: str
+    title: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    direction: str
+    tags: tuple[str, ...]
+    backend: str
+    peer: str
+    variant: str
+    ours: Timing
+    theirs: Timing
+    ratio: float
+    floor: float
+    percent_of_floor: float
+    error: float
+    allowed_error: float
+    peer_error: float
+    worst: str
+    preparation: float
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A comparison that could not be made, and why."""
+
+    case: str
+    contender: str
+    message: str
+
+
+@dataclass
+class Result:
+    """All rows of one op on one machine. `complete` is false until the last case is done."""
+
+    op: str
+    provenance: Provenance
+    settings: Settings
+    limits: Limits = field(default_factory=Limits)
+    rows: tuple[Row, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    complete: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return f"{self.op}-{self.provenance.slug}"
+
+    def write(self, directory: Path) -> Path:
+        """Write `<op>-<machine>.json`, whole or not at all."""
+        path = directory / f"{self.name}.json"
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"schema": SCHEMA, **_rounded(dataclasses.asdict(self))}
+
+
+def load(path: Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        UserError: it is missing, is no JSON, is of another schema, or has a key that does not belong.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        found = values.get("schema") if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path} is not a benchmark result of schema {SCHEMA} (found {found!r})")
+    return from_dict(Result, {key: value for key, value in values.items() if key != "schema"}, str(path))
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to five digits: a timing holds no more, and the files stay readable."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,143 @@
+"""The runner behind `imagen-fast bench`: cases in, tables and JSON files out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import check_writable
+from . import provenance, registry, report
+from .measure import measure
+from .registry import Case
+from .results import Result
+from .timing import Settings
+
+_NOISY = 1.3  # 80 % over 20 % quantile above which a warning is printed
+_BUSY = 0.3  # load average per core above which a warning is printed
+
+
+def run(
+    ops: Iterable[str] | None = None,
+    *,
+    case: str | None = None,
+    output: Path | None = None,
+    peers: Iterable[str] | None = None,
+    settings: Settings | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+    directory: Path = registry.CASES_DIRECTORY,
+) -> list[Result]:
+    """Measure the cases of some ops.
+
+    Args:
+        ops: names of ops; all that have cases by default.
+        case: a regular expression; only cases whose name it matches are run.
+        output: a directory to write `<op>-<machine>.json` into. The file is written anew after each case, so that an
+            interrupted run leaves what it had, marked as not complete.
+        peers: names of the peers to time; all by default.
+        settings: how long to measure; see `timing.Settings`.
+        threads: number of threads of PyTorch and the kernels; unchanged by default.
+        progress: whether to show a progress bar on stderr.
+        directory: where the cases are.
+
+    Returns:
+        One result per op.
+
+    Raises:
+        UserError: an unknown op, case or peer, with the nearest name; a number of threads below 1.
+        OutputError: `output` cannot be written, found out before anything is measured.
+
+    Example:
+        >>> [result] = run(["group_norm_act"], case="bf16-nhwc", settings=Settings.quick())
+        >>> print(report.markdown(result))
+    """
+    chosen = _choose(ops, case, directory)
+    settings = settings or Settings()
+    names = registry.select_peers([c for cases in chosen.values() for c in cases], peers)
+    with _threads(threads):
+        results = [Result(op, provenance.collect(), settings) for op in chosen]
+        if output is not None:
+            for result in results:
+                check_writable(output / f"{result.name}.json")
+        total = sum(map(len, chosen.values()))
+        with tqdm(total=total, unit="case", disable=None if progress else True) as bar:
+            for result in results:
+                for each in chosen[result.op]:
+                    bar.set_description(each.name)
+                    rows, failures = measure(each, names, settings, result.limits, directory)
+                    result.rows += tuple(rows)
+                    result.failures += tuple(failures)
+                    result.complete = each is chosen[result.op][-1]
+                    if output is not None:
+                        result.write(output)
+                    bar.update()
+    return results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `imagen-fast bench`."""
+    parser.add_argument("--op", action="append", metavar="OP", help="the op to time; may be repeated (default: all)")
+    parser.add_argument("--case", metavar="REGEX", help="only cases whose name it matches")
+    parser.add_argument("--peers", metavar="NAME,...", help="only these peers, such as eager,compile (default: all)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write <op>-<machine>.json into this directory")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: PyTorch's)")
+    parser.add_argument("--quick", action="store_true", help="a short look instead of a measurement to record")
+    parser.add_argument("--cold", action="store_true", help="inputs from memory instead of from the caches")
+    parser.add_argument("--list", action="store_true", help="list the cases and their peers, and stop")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; prints a table per op. Returns 1 if something could not be checked or timed."""
+    if args.list:
+        for cases in _choose(args.op, args.case, registry.CASES_DIRECTORY).values():
+            for case in cases:
+                print(f"{case.op}  {case.name}  ({', '.join(peer.name for peer in case.peers)})")
+        return 0
+    results = run(
+        args.op,
+        case=args.case,
+        output=args.output,
+        peers=args.peers.split(",") if args.peers else None,
+        settings=Settings.quick(args.cold) if args.quick else Settings(cold=args.cold),
+        threads=args.threads,
+        progress=sys.stderr.isatty(),
+    )
+    for result in results:
+        print(report.markdown(result))
+        if args.output is not None:
+            print(f"\nwritten to {args.output / result.name}.json")
+        for failure in result.failures:
+            print(f"{failure.case}: {failure.contender}: {failure.message}", file=sys.stderr)
+        noisy = sum(row.ours.q80 > _NOISY * row.ours.q20 for row in result.rows)
+        if noisy:
+            print(f"{noisy} of {len(result.rows)} timings of ours vary by more than {_NOISY:g} times", file=sys.stderr)
+        if result.provenance.load > _BUSY * result.provenance.cores:
+            print(f"the machine was busy when this began (load {result.provenance.load})", file=sys.stderr)
+    return int(any(result.failures for result in results))
+
+
+def _choose(ops: Iterable[str] | None, pattern: str | None, directory: Path) -> dict[str, list[Case]]:
+    """The cases to run, by op. A pattern must match somewhere, not in every op."""
+    loaded = {op: registry.load(op, directory) for op in (list(dict.fromkeys(ops or ())) or registry.ops(directory))}
+    matching = {case.name for case in registry.select([c for cases in loaded.values() for c in cases], pattern)}
+    chosen = {op: [case for case in cases if case.name in matching] for op, cases in loaded.items()}
+    return {op: cases for op, cases in chosen.items() if cases}
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    if count is not None and count < 1:
+        raise UserError(f"--threads must be at least 1, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

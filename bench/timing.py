@@ -1,0 +1,220 @@
+"""The clock: ours and its peers interleaved in one process, in random order, over many rounds.
+
+How a number comes about:
+
+- A *round* gives every contender one batch, in an order drawn anew each round, so that a drift of the machine's speed
+  (frequency, temperature, neighbours) falls on all of them alike. The result is the median over the rounds of the time
+  per call, with the 20 % and 80 % quantiles.
+- A *batch* begins with one call outside the clock: the others have just run and have taken the caches. Then follow as
+  many calls as fill about two milliseconds, found by calibration. Warm-up and calibration are not counted.
+- `cold=False` calls on the same inputs again and again, as a network's small tensors are met: in cache where they fit.
+  `cold=True` walks through enough copies of the inputs to exceed the last-level cache four times over, so that each
+  call reads its inputs from memory. (Outputs come from the allocator, which hands out the same memory in both modes.)
+- The *backward* is the time of `torch.autograd.grad` alone, on a graph that a forward outside the clock has just built
+  for this one call. No graph is retained: peers that would free or reuse saved tensors during the backward may do so.
+  What a contender shifts into its forward shows in direction "forward_backward", which times both together.
+- Python's garbage collector is off while measuring. Direction "forward" runs under `torch.no_grad()`.
+
+Only the CPU's clock is here. A GPU needs events or graph replay in the place of `_batch`; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Case, Function
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Args:
+        seconds: time for each contender, forwards outside the clock included.
+        batch_seconds: length of a batch.
+        min_rounds, max_rounds: bounds on the number of rounds.
+        cold: walk through copies of the inputs that exceed the last-level cache.
+    """
+
+    seconds: float = 1.0
+    batch_seconds: float = 2e-3
+    min_rounds: int = 21
+    max_rounds: int = 401
+    cold: bool = False
+
+    @classmethod
+    def quick(cls, cold: bool = False) -> Settings:
+        """A look, not a record."""
+        return cls(seconds=0.05, batch_seconds=5e-4, min_rounds=5, max_rounds=101, cold=cold)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds, and how many rounds and calls in all they come from."""
+
+    median: float
+    q20: float
+    q80: float
+    rounds: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of a comparison.
+
+    Args:
+        name: the key of its timing.
+        call: what is timed, given a state.
+        states: (index) -> the state for one call, made outside the clock: the inputs, or for a backward the graph.
+        one_by_one: states are worth nothing after one call and may not wait for it (hot backward): batches of one.
+        context: entered around each batch, outside the clock (the choice of backend).
+    """
+
+    name: str
+    call: Callable[[Any], Any]
+    states: Callable[[int], Any]
+    one_by_one: bool = False
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def input_sets(case: Case, count: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """`count` sets of inputs of different values."""
+    return [case.make_inputs(seed, device) for seed in range(count)]
+
+
+def contender(
+    name: str,
+    case: Case,
+    function: Function,
+    sets: Sequence[dict[str, Any]],
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Contender:
+    """`function` on the inputs `sets` in the direction of the case, ready to be timed."""
+    if case.direction == "forward":
+        return Contender(
+            name, lambda values: function(**values), lambda i: sets[i % len(sets)], context=lambda: _no_grad(context)
+        )
+
+    wanted = [[values[key] for key in case.differentiable] for values in sets]
+    with context():
+        upstream = [output_gradients(function(**values)) for values in sets]
+
+    def forward(i: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        i %= len(sets)
+        return tensors(function(**sets[i])), wanted[i], upstream[i]
+
+    def backward(state: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> Any:
+        return torch.autograd.grad(*state)
+
+    if case.direction == "backward":
+        return Contender(name, backward, forward, one_by_one=len(sets) == 1, context=context)
+    return Contender(name, lambda i: backward(forward(i)), lambda i: i, context=context)
+
+
+def interleave(contenders: Sequence[Contender], settings: Settings, batch: int | None = None) -> dict[str, Timing]:
+    """Time all contenders side by side.
+
+    Args:
+        contenders: at least one; their names differ.
+        settings: how long.
+        batch: calls per batch instead of the calibrated number (the cold mode passes its number of input sets).
+    """
+    with _no_garbage_collection():
+        costs = {c.name: _warm_up(c, settings) for c in contenders}  # seconds: of the call, of call and state
+        sizes = {c.name: batch or _batch_size(c, costs[c.name][0], settings) for c in contenders}
+        one_round = sum(costs[c.name][1] * (sizes[c.name] + 1) for c in contenders)
+        budget = settings.seconds * len(contenders)
+        rounds = min(max(math.ceil(budget / one_round), settings.min_rounds), settings.max_rounds)
+        samples: dict[str, list[float]] = {c.name: [] for c in contenders}
+        shuffle = random.Random(0).shuffle
+        order = list(contenders)
+        for _ in range(rounds):
+            shuffle(order)
+            for c in order:
+                samples[c.name].append(_batch(c, sizes[c.name]))
+    return {name: summarise(values, sizes[name]) for name, values in samples.items()}
+
+
+def summarise(samples: Sequence[float], calls_per_sample: int = 1) -> Timing:
+    """Median and quantiles of seconds per call."""
+    q20, median, q80 = (
+        torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    )
+    return Timing(median=median, q20=q20, q80=q80, rounds=len(samples), calls=len(samples) * calls_per_sample)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors among the outputs of a function."""
+    return [output] if isinstance(output, Tensor) else [value for value in output if isinstance(value, Tensor)]
+
+
+def output_gradients(output: Any, seed: int = 0) -> list[Tensor]:
+    """Random gradients for the outputs, in their dtype and layout; the same numbers whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in tensors(output)]
+
+
+def _batch(c: Contender, size: int, first: int = 0) -> float:
+    """Seconds per call of one batch."""
+    with c.context():
+        c.call(c.states(first))
+        states = [c.states(first + 1 + i) for i in range(size)]
+        call = c.call
+        start = time.perf_counter()
+        for state in states:
+            call(state)
+        return (time.perf_counter() - start) / size
+
+
+def _warm_up(c: Contender, settings: Settings) -> tuple[float, float]:
+    """Call until times have settled; returns seconds of one call, and of one call with the making of its state."""
+    calls: list[float] = []
+    whole: list[float] = []
+    begin = time.perf_counter()
+    with c.context():
+        while len(calls) < 3 or (time.perf_counter() - begin < settings.seconds / 10 and len(calls) < 1000):
+            before = time.perf_counter()
+            state = c.states(len(calls))
+            start = time.perf_counter()
+            c.call(state)
+            end = time.perf_counter()
+            calls.append(end - start)
+            whole.append(end - before)
+            del state
+    return sorted(calls)[len(calls) // 2], sorted(whole)[len(whole) // 2]
+
+
+def _batch_size(c: Contender, seconds_per_call: float, settings: Settings) -> int:
+    if c.one_by_one:
+        return 1
+    return min(max(math.ceil(settings.batch_seconds / max(seconds_per_call, 1e-7)), 1), 1000)
+
+
+@contextlib.contextmanager
+def _no_grad(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    with context(), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

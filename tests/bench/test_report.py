@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from imagen_fast.bench import provenance, report, results
+from imagen_fast.bench.floor import CopyRate, Limits, MatmulRate
+from imagen_fast.bench.results import Failure, Result, Row
+from imagen_fast.bench.timing import Settings, Timing
+from imagen_fast.errors import UserError
+
+SOURCE = provenance.Provenance(
+    machine="AMD EPYC 9B45",
+    cores=2,
+    threads=2,
+    capability="AVX512",
+    memory_gib=23.5,
+    last_level_cache_mib=32.0,
+    load=0.1,
+    system="Linux",
+    python="3.11.7",
+    torch="2.13.0+cpu",
+    imagen_fast="0.1.0",
+    compiler="c++ 12.2.0",
+    commit="0123456789abcdef",
+    dirty=True,
+    date="2026-11-23T07:37:55+00:00",
+    command="imagen-fast bench",
+    libraries=("numpy 2.4.6",),
+)
+
+
+def row(case: str = "small", peer: str = "eager", **changes: Any) -> Row:
+    values = Row(
+        case=case,
+        title="2×128×64×64, silu",
+        shape=(2, 128, 64, 64),
+        dtype="bf16",
+        layout="nhwc",
+        direction="forward_backward",
+        tags=("headline",),
+        backend="cpu",
+        peer=peer,
+        variant="default",
+        ours=Timing(1.5e-4, 1.4e-4, 1.6e-4, 100, 300),
+        theirs=Timing(1.2e-3, 1.1e-3, 1.3e-3, 100, 200),
+        ratio=8.0,
+        floor=4e-5,
+        percent_of_floor=26.7,
+        error=0.002,
+        allowed_error=0.03,
+        peer_error=0.004,
+        worst="output",
+        preparation=1e-6,
+        interleaved=True,
+    )
+    return dataclasses.replace(values, **changes)
+
+
+@pytest.fixture
+def result() -> Result:
+    return Result(
+        op="group_norm_act",
+        provenance=SOURCE,
+        settings=Settings(),
+        limits=Limits((CopyRate(4096, 1e10),), (MatmulRate("bf16", 5e11),)),
+        rows=(
+            row(),
+            row(peer="compile", ratio=3.0, preparation=3.21),
+            row(case="large", tags=(), ours=Timing(2.5e-6, 2e-6, 3e-6, 9, 9)),
+        ),
+        failures=(Failure("odd", "cpu", "why"),),
+        complete=True,
+    )
+
+
+def test_a_result_survives_its_file(result: Result, tmp_path: Path) -> None:
+    path = result.write(tmp_path)
+    assert path.name == "group_norm_act-amd-epyc-9b45-2-threads.json"
+    assert results.load(path) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda v: v["rows"][0].update(speed=1), "unknown key 'speed'", id="unknown key"),
+        pytest.param(lambda v: v["rows"][1].pop("ratio"), "missing key 'ratio'", id="missing key"),
+        pytest.param(lambda v: v.update(schema=2), "schema 1 .found 2", id="other schema"),
+        pytest.param(lambda v: v["rows"][0].update(ratio="fast"), "must be float", id="wrong type"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(change: Any, message: str, result: Result, tmp_path: Path) -> None:
+    path = result.write(tmp_path)
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        results.load(path)
+
+
+def test_markdown(result: Result) -> None:
+    text = report.markdown(result)
+    head, _, header, _, small, large, _, note = text.splitlines()
+    assert "AMD EPYC 9B45, 2 threads" in head
+    assert "commit 0123456789 with changes" in head
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, small, large)]
+    assert cells[0][5:] == ["ours", "eager", "speed-up", "compile", "speed-up", "of floor", "error (allowed)"]
+    assert cells[1][1:6] == ["bf16", "NHWC", "forward + backward", "cpu", "0.150 ms"]
+    assert cells[1][6:] == ["1.2 ms", "8.00×", "1.2 ms", "3.00×", "27 %", "2.0e-03 (3.0e-02)"]
+    assert cells[2][5] == "2.5 µs"
+    assert note == "compile: 3.2 s of preparation for each case (median), which is not counted."
+    assert cells[2][8:10] == ["", ""]  # not timed against compile
+
+
+def test_plot_is_a_picture(result: Result, tmp_path: Path) -> None:
+    report.plot(result, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 20
+
+
+def test_command_writes_table_and_plot(result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = result.write(tmp_path)
+    assert report.main([str(path), "--output", str(tmp_path / "report"), "--tag", "headline"]) == 0
+    name = result.name
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [f"{name}.md", f"{name}.png"]
+    assert (tmp_path / "report" / f"{name}.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+def test_command_reports_a_missing_file_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path / "none.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_provenance_of_this_machine() -> None:
+    found = provenance.collect()
+    assert found.cores >= 1
+    assert found.machine
+    assert found.slug.endswith(f"-{found.threads}-threads")
+    assert "/" not in found.command.split()[0]
+
+
+def test_command_line_is_recorded_without_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/imagen-fast", "bench", "--output", "/else/where", "--case", "a|b"])
+    assert provenance.collect().command == "imagen-fast bench --output where --case 'a|b'"
+
+
+@pytest.mark.parametrize(("text", "size"), [("48K\n", 48 << 10), ("32768K", 32 << 20), ("2M", 2 << 20), ("64", 64)])
+def test_cache_sizes(text: str, size: int) -> None:
+    assert provenance._bytes(text) == size

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagen_fast.bench import registry
+from imagen_fast.bench.timing import Contender, Settings, contender, input_sets, interleave, summarise
+
+TOY = Path(__file__).parent / "cases"
+SHORT = Settings(seconds=0.02, batch_seconds=1e-4, min_rounds=5, max_rounds=20)
+
+
+def toy(name: str) -> registry.Case:
+    return next(case for case in registry.load("add_one", TOY) if case.name == name)
+
+
+def test_quantiles() -> None:
+    timing = summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], calls_per_sample=7)
+    assert (timing.q20, timing.median, timing.q80) == pytest.approx((2.0, 3.5, 5.0))
+    assert (timing.rounds, timing.calls) == (6, 42)
+
+
+def test_times_what_each_contender_takes() -> None:
+    def sleeper(seconds: float) -> Contender:
+        return Contender(f"{seconds}", call=lambda _: time.sleep(seconds), states=lambda i: None)
+
+    found = interleave([sleeper(0.004), sleeper(0.001)], SHORT)
+    assert 0.004 <= found["0.004"].median < 0.02
+    assert 0.001 <= found["0.001"].median < 0.004
+
+
+def test_rounds_interleave_in_changing_order_with_one_call_off_the_clock() -> None:
+    log: list[str] = []
+    contenders = [Contender(name, call=lambda _, name=name: log.append(name), states=lambda i: None) for name in "ab"]
+    interleave(contenders, dataclasses.replace(SHORT, min_rounds=20, seconds=1e-9), batch=2)
+    rounds = "".join(log[-20 * 2 * 3 :])
+    each = [rounds[i : i + 6] for i in range(0, len(rounds), 6)]
+    assert set(each) == {"aaabbb", "bbbaaa"}
+
+
+def test_calls_walk_through_all_input_sets() -> None:
+    case = toy("right-forward")
+    seen: list[float] = []
+    cold = contender("cold", case, lambda x: seen.append(x[0, 0].item()), input_sets(case, 5))
+    interleave([cold], SHORT, batch=5)
+    assert len(set(seen[-5:])) == 5
+
+
+def test_forward_runs_without_gradients() -> None:
+    seen: list[bool] = []
+    case = toy("right-forward")
+    interleave([contender("c", case, lambda x: seen.append(torch.is_grad_enabled()), input_sets(case, 1))], SHORT)
+    assert not any(seen)
+    assert torch.is_grad_enabled()
+
+
+class SlowForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return dy
+
+
+@pytest.mark.parametrize(("direction", "slow"), [("backward", False), ("forward_backward", True)])
+def test_the_backward_is_timed_without_its_forward(direction: Any, slow: bool) -> None:
+    case = dataclasses.replace(toy("right-backward"), direction=direction)
+    found = interleave([contender("c", case, lambda x: SlowForward.apply(x), input_sets(case, 1))], SHORT)["c"]
+    assert (found.median >= 0.01) == slow
+
+
+def test_every_backward_gets_a_graph_of_its_own() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.used = False
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            assert not ctx.used, "a graph was used twice"
+            ctx.used = True
+            return dy
+
+    case = toy("right-backward")
+    for sets in (1, 3):
+        timed = contender("c", case, lambda x: Once.apply(x), input_sets(case, sets))
+        interleave([timed], SHORT, batch=None if sets == 1 else sets)
+
+
+def test_garbage_collection_is_off_inside_and_back_afterwards() -> None:
+    seen: list[bool] = []
+    interleave([Contender("c", call=lambda _: seen.append(gc.isenabled()), states=lambda i: None)], SHORT)
+    assert not any(seen)
+    assert gc.isenabled()
+
+    def fail(_: Any) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        interleave([Contender("c", call=fail, states=lambda i: None)], SHORT)
+    assert gc.isenabled()
