@@ -47,7 +47,7 @@ class Settings:
         cold: walk through copies of the inputs that exceed the last-level cache.
     """
 
-    seconds: float = 1.0
+    seconds: float = 0.5
     batch_seconds: float = 2e-3
     min_rounds: int = 21
     max_rounds: int = 401

@@ -30,9 +30,9 @@ def test_times_what_each_contender_takes() -> None:
     def sleeper(seconds: float) -> Contender:
         return Contender(f"{seconds}", call=lambda _: time.sleep(seconds), states=lambda i: None)
 
-    found = interleave([sleeper(0.004), sleeper(0.001)], SHORT)
-    assert 0.004 <= found["0.004"].median < 0.02
-    assert 0.001 <= found["0.001"].median < 0.004
+    found = interleave([sleeper(0.02), sleeper(0.001)], SHORT)
+    assert found["0.02"].median >= 0.02
+    assert 0.001 <= found["0.001"].median < 0.02
 
 
 def test_rounds_interleave_in_changing_order_with_one_call_off_the_clock() -> None:
@@ -63,7 +63,7 @@ def test_forward_runs_without_gradients() -> None:
 class SlowForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return x.clone()
 
     @staticmethod
@@ -75,7 +75,7 @@ class SlowForward(torch.autograd.Function):
 def test_the_backward_is_timed_without_its_forward(direction: Any, slow: bool) -> None:
     case = dataclasses.replace(toy("right-backward"), direction=direction)
     found = interleave([contender("c", case, lambda x: SlowForward.apply(x), input_sets(case, 1))], SHORT)["c"]
-    assert (found.median >= 0.01) == slow
+    assert (found.median >= 0.05) == slow
 
 
 def test_every_backward_gets_a_graph_of_its_own() -> None:
