@@ -91,7 +91,6 @@ def test_models_without_text_take_none():
 
 
 def test_residual_blocks_start_as_identities():
-    x, t, text, mask = (a.float() if a.is_floating_point() else a for a in inputs(3))
     attention = UNet(BASE).middle1.attention
     h = torch.randn(2, 32, 4, 4)
     assert torch.equal(attention(h, None), h)

@@ -1,0 +1,211 @@
+"""The cascade: seeds, prompts, guidance, checkpoints, and errors before any work."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imagen_fast.errors import CheckpointError, OutputError
+from imagen_fast.models import Imagen, ImagenConfig, T5Config, T5Encoder
+
+
+def sample(model, prompts, **kwargs) -> np.ndarray:
+    """(B, H, W, 3) as signed integers, so that differences do not wrap."""
+    return np.stack([np.array(p) for p in model.sample(prompts, progress=False, **kwargs)]).astype(int)
+
+
+def test_a_picture_per_prompt(imagen):
+    pictures = imagen.sample(["a cat", "一只猫"], progress=False)
+    assert [p.size for p in pictures] == [(16, 16)] * 2
+    assert [p.mode for p in pictures] == ["RGB"] * 2
+    assert imagen.sample([], progress=False) == []
+
+
+def test_the_seed_fixes_the_picture(imagen):
+    first = sample(imagen, ["a cat"], seed=3)
+    assert (first == sample(imagen, ["a cat"], seed=3)).all()
+    assert (first != sample(imagen, ["a cat"], seed=4)).any()
+
+
+def test_a_picture_is_the_same_alone_or_in_a_batch(imagen):
+    prompts = ["a cat", "一只可爱的猫咪", ""]
+    together = sample(imagen, prompts, seed=5)
+    for b, prompt in enumerate(prompts):
+        assert abs(sample(imagen, [prompt], seed=5 + b)[0] - together[b]).max() <= 1
+    assert abs(sample(imagen, prompts[::-1], seed=[7, 6, 5])[::-1] - together).max() <= 1
+
+
+def test_the_text_and_guidance_matter(imagen):
+    cat = sample(imagen, ["a cat"])
+    assert (cat != sample(imagen, ["a dog"])).any()
+    assert (cat != sample(imagen, ["a cat"], guidance=5.0)).any()
+
+
+def test_an_empty_prompt_is_unconditional_whatever_the_guidance(imagen):
+    empty = sample(imagen, [""], guidance=1.0)
+    assert abs(empty - sample(imagen, ["   "], guidance=4.0)).max() <= 1
+
+
+def test_steps_solver_and_until(imagen):
+    assert (sample(imagen, ["a cat"], solver="ddim") != sample(imagen, ["a cat"], solver="ddpm")).any()
+    assert (sample(imagen, ["a cat"], steps=[2, 1]) != sample(imagen, ["a cat"], steps=[3, 1])).any()
+    assert imagen.sample("a cat", progress=False, until="base")[0].size == (8, 8)
+
+
+def test_the_progress_bar_counts_every_step(imagen, capsys):
+    imagen.sample(["a cat"], steps=[4, 3])
+    assert "7/7" in capsys.readouterr().err
+
+
+def test_a_prompt_too_long_is_cut_with_a_warning(imagen):
+    with pytest.warns(UserWarning, match="cut after character 23"):
+        imagen.sample(["a" * 40], steps=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompts": [3]}, TypeError, "prompts"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"steps": [1, 2, 3]}, ValueError, "steps"),
+        ({"guidance": [1.0]}, ValueError, "guidance"),
+        ({"solver": "euler"}, ValueError, "solver"),
+        ({"until": "top"}, ValueError, "until"),
+        ({"seed": [1, 2]}, ValueError, "seed"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_sample_rejects(imagen, arguments, error, message):
+    with pytest.raises(error, match=message):
+        imagen.sample(**{"prompts": ["a cat"], "progress": False, **arguments})
+
+
+def test_save_and_load_give_the_same_pictures(imagen, tmp_path):
+    imagen.save_pretrained(tmp_path / "model")
+    loaded = Imagen.from_pretrained(tmp_path / "model")
+    assert loaded.config == imagen.config
+    assert not loaded.training
+    assert (sample(loaded, ["a cat"]) == sample(imagen, ["a cat"])).all()
+    imagen.save_pretrained(tmp_path / "model", dtype=torch.bfloat16)  # replaces the first
+    assert load_file(tmp_path / "model" / "base.safetensors")["conv_in.weight"].dtype == torch.bfloat16
+    assert abs(sample(Imagen.from_pretrained(tmp_path / "model"), ["a cat"]) - sample(imagen, ["a cat"])).mean() < 8
+
+
+def test_sharded_weights_load(imagen, tmp_path):
+    imagen.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "base.safetensors"
+    tensors = load_file(file)
+    names = sorted(tensors)
+    shards = {"base-00001-of-00002.safetensors": names[::2], "base-00002-of-00002.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: tensors[name] for name in held}, file.with_name(shard))
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    file.with_name("base.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    assert (sample(Imagen.from_pretrained(tmp_path / "model"), ["a cat"]) == sample(imagen, ["a cat"])).all()
+
+
+def _without(name):
+    return lambda path: (path / name).unlink()
+
+
+def _edit_config(change):
+    def edit(path):
+        values = json.loads((path / "config.json").read_text())
+        change(values)
+        (path / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def _edit_tensors(change):
+    def edit(path):
+        tensors = load_file(path / "super_16.safetensors")
+        change(tensors)
+        save_file(tensors, path / "super_16.safetensors")
+
+    return edit
+
+
+def _truncate(path):
+    file = path / "base.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without("config.json"), "config.json"),
+        (_without("base.safetensors"), "base.safetensors"),
+        (_without("text_encoder/model.safetensors"), "model.safetensors"),
+        (_edit_config(lambda c: c.update(colour=1)), "unknown key 'colour'"),
+        (_edit_config(lambda c: c.update(format=9)), "format"),
+        (_edit_config(lambda c: c["stages"][0]["unet"].update(channels="many")), "channels"),
+        (_edit_config(lambda c: c["stages"][0].update(steps=0)), "steps"),
+        (_edit_tensors(lambda t: t.update({"conv_in.weight": t["conv_in.weight"][:, :5].clone()})), "conv_in.weight"),
+        (_edit_tensors(lambda t: t.pop("conv_out.bias")), "conv_out.bias"),
+        (_edit_tensors(lambda t: t.update(extra=torch.ones(1))), "extra"),
+        (_truncate, "base.safetensors"),
+    ],
+    ids=[
+        "no-config",
+        "no-unet",
+        "no-text-encoder",
+        "unknown-key",
+        "format",
+        "type",
+        "range",
+        "shape",
+        "missing-tensor",
+        "extra-tensor",
+        "truncated",
+    ],
+)
+def test_damaged_checkpoints_are_named(imagen, tmp_path, damage, message):
+    imagen.save_pretrained(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=message):
+        Imagen.from_pretrained(tmp_path / "model")
+
+
+def test_no_such_cascade_names_the_shipped_ones():
+    with pytest.raises(CheckpointError, match="emoji"):
+        Imagen.from_pretrained("no-such-cascade")
+
+
+def test_saving_never_replaces_something_else(imagen, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="something else"):
+        imagen.save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_text_encoder_must_fit():
+    with pytest.raises(ValueError, match="width 24"):
+        Imagen(ImagenConfig.small(text_dim=24), T5Encoder(T5Config.preset("tiny_bytes")))
+
+
+@pytest.mark.parametrize("stages", [(), "swapped", "doubled"])
+def test_cascade_config_rejects(imagen, stages):
+    base, larger = imagen.config.stages
+    given = {"swapped": (larger, base), "doubled": (base, base)}.get(stages, ())
+    with pytest.raises(ValueError, match="stage"):
+        ImagenConfig(given)
+
+
+def test_the_shipped_cascade_loads_and_draws():
+    model = Imagen.from_pretrained("emoji")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cat, again = model.sample(["a cute cat", "一只可爱的猫咪"], progress=False)
+    assert cat.size == again.size == (128, 128)
+    # Both are pictures on white, and both are the same animal: nearer to each other than to a rocket.
+    rocket = model.sample(["a rocket"], progress=False)[0]
+    x, y, z = (np.array(p).astype(float) for p in (cat, again, rocket))
+    assert np.median(x[:8]) > 240
+    assert ((x - y) ** 2).mean() < ((x - z) ** 2).mean()
