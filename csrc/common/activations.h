@@ -1,4 +1,5 @@
-// The activations and their derivatives, on Vec<S>. At -inf all of them give NaN, as PyTorch's do.
+// The activations and their derivatives, on Vec<S>. T is the type that the result will be rounded to. At -inf all
+// of them give NaN, as PyTorch's do.
 #pragma once
 
 #include "activation_codes.h"
@@ -7,11 +8,11 @@
 namespace imagen_fast::IMAGEN_FAST_ISA {
 
 struct Identity {
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V value(V t) {
     return t;
   }
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V slope(V) {
     return V(1);
   }
@@ -19,13 +20,13 @@ struct Identity {
 
 // t * logistic(t)
 struct Silu {
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V value(V t) {
-    return t * logistic(t).value;
+    return times_logistic<T>(t, t);
   }
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V slope(V t) {
-    const auto l = logistic(t);
+    const auto l = logistic<T>(t);
     return l.value * fma(t, l.complement, V(1));
   }
 };
@@ -36,13 +37,13 @@ struct Gelu {
   static IMAGEN_FAST_INLINE V probability_below(V t, V tail) {
     return select(t >= V(0), V(1) - tail, tail);
   }
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V value(V t) {
-    return t * probability_below(t, normal(t).tail);
+    return t * probability_below(t, normal<T>(t).tail);
   }
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V slope(V t) {
-    const auto n = normal(t);
+    const auto n = normal<T>(t);
     return fma(t * V(0.3989422804014327), n.bell, probability_below(t, n.tail));
   }
 };
@@ -52,13 +53,13 @@ struct GeluTanh {
   static constexpr double kFactor = 1.5957691216057308;  // 2 sqrt(2 / pi)
   static constexpr double kCubic = 0.044715;
 
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V value(V t) {
-    return t * logistic(twice_k(t)).value;
+    return times_logistic<T>(t, twice_k(t));
   }
-  template <typename V>
+  template <typename T, typename V>
   static IMAGEN_FAST_INLINE V slope(V t) {
-    const auto l = logistic(twice_k(t));
+    const auto l = logistic<T>(twice_k(t));
     const V twice_k_slope = fma(t * t, V(3 * kFactor * kCubic), V(kFactor));
     return fma(t * (l.value * l.complement), twice_k_slope, l.value);
   }

@@ -1,7 +1,10 @@
 // Vec<S>: as many lanes of S (float or double) as one register of this object's instruction set holds. Loads widen
 // fp16 and bf16, stores round back to nearest even. Vec<float> is written per instruction set, Vec<double> is generic.
+// Wide<S>: several Vec<S>, each operation done on all of them in turn. A function like exp is one long chain of
+// dependent instructions; with several chains in step, the machine always has an instruction that can start.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "number_formats.h"
@@ -10,18 +13,73 @@
 
 namespace imagen_fast::IMAGEN_FAST_ISA {
 
-// Which lanes a load, a store or a sum concerns: all of them, or those of a row's last, incomplete vector.
-struct AllLanes {};
-struct FirstLanes {
-  int count;
-};
-
 template <typename S>
 struct Vec;
 
+// Two of V (a Vec, or Twice itself), in step
+template <typename V>
+struct Twice {
+  using Scalar = typename V::Scalar;
+  static constexpr int kWidth = 2 * V::kWidth;
+
+  struct Mask {
+    typename V::Mask first, second;
+  };
+
+  V first, second;
+
+  Twice() = default;
+  IMAGEN_FAST_INLINE Twice(Scalar value) : first(value), second(value) {}
+  IMAGEN_FAST_INLINE Twice(V first, V second) : first(first), second(second) {}
+
+  template <typename T>
+  static IMAGEN_FAST_INLINE Twice load(const T* from) {
+    return {V::load(from), V::load(from + V::kWidth)};
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store(T* to) const {
+    first.store(to);
+    second.store(to + V::kWidth);
+  }
+
+  friend IMAGEN_FAST_INLINE Twice operator+(Twice a, Twice b) { return {a.first + b.first, a.second + b.second}; }
+  friend IMAGEN_FAST_INLINE Twice operator-(Twice a, Twice b) { return {a.first - b.first, a.second - b.second}; }
+  friend IMAGEN_FAST_INLINE Twice operator*(Twice a, Twice b) { return {a.first * b.first, a.second * b.second}; }
+  friend IMAGEN_FAST_INLINE Mask operator>=(Twice a, Twice b) { return {a.first >= b.first, a.second >= b.second}; }
+  friend IMAGEN_FAST_INLINE Twice fma(Twice a, Twice b, Twice c) {
+    return {fma(a.first, b.first, c.first), fma(a.second, b.second, c.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice fms(Twice a, Twice b, Twice c) {
+    return {fms(a.first, b.first, c.first), fms(a.second, b.second, c.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice select(Mask mask, Twice yes, Twice no) {
+    return {select(mask.first, yes.first, no.first), select(mask.second, yes.second, no.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice max(Twice a, Twice b) { return {max(a.first, b.first), max(a.second, b.second)}; }
+  friend IMAGEN_FAST_INLINE Twice min(Twice a, Twice b) { return {min(a.first, b.first), min(a.second, b.second)}; }
+  friend IMAGEN_FAST_INLINE Twice abs(Twice a) { return {abs(a.first), abs(a.second)}; }
+  friend IMAGEN_FAST_INLINE Twice negative_abs(Twice a) { return {negative_abs(a.first), negative_abs(a.second)}; }
+  friend IMAGEN_FAST_INLINE Twice round(Twice a) { return {round(a.first), round(a.second)}; }
+  friend IMAGEN_FAST_INLINE Twice divide(Twice a, Twice b) {
+    return {divide(a.first, b.first), divide(a.second, b.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice divide_roughly(Twice a, Twice b) {
+    return {divide_roughly(a.first, b.first), divide_roughly(a.second, b.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice scale_exponent(Twice a, Twice n) {
+    return {scale_exponent(a.first, n.first), scale_exponent(a.second, n.second)};
+  }
+  friend IMAGEN_FAST_INLINE Scalar sum(Twice a) { return sum(a.first + a.second); }
+
+  template <typename Function>
+  friend IMAGEN_FAST_INLINE Twice map(Twice a, Function function) {
+    return {map(a.first, function), map(a.second, function)};
+  }
+};
+
 }  // namespace imagen_fast::IMAGEN_FAST_ISA
 
-#include "vec_generic.h"  // must come first: the others specialise it
+#include "vec_generic.h"
 
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
@@ -31,33 +89,75 @@ struct Vec;
 
 namespace imagen_fast::IMAGEN_FAST_ISA {
 
-// Calls body(offset, lanes) for every vector of a row of n elements.
-template <int kWidth, typename Body>
+template <typename S>
+struct WideOf {
+  using type = Twice<Vec<S>>;
+};
+#if defined(__AVX512F__)  // which has 32 registers, the others 16
+template <>
+struct WideOf<float> {
+  using type = Twice<Twice<Vec<float>>>;
+};
+#endif
+template <typename S>
+using Wide = typename WideOf<S>::type;
+
+// Which part of a row a load or a store concerns: a whole Wide, or the first lanes of a Vec at the row's end.
+template <typename S>
+struct WholeWide {
+  using V = Wide<S>;
+};
+template <typename S>
+struct FirstLanes {
+  using V = Vec<S>;
+  int count;
+};
+
+// Calls body(offset, lanes) for all of a row of n elements.
+template <typename S, typename Body>
 IMAGEN_FAST_INLINE void for_each_vector(int64_t n, Body&& body) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) body(i, AllLanes{});
-  if (i < n) body(i, FirstLanes{static_cast<int>(n - i)});
-}
-
-// Calls body(offset, slot, lanes), slot in 0 ... 3, for every vector of a row of n elements. One accumulator per slot
-// keeps four additions in flight.
-template <int kWidth, typename Body>
-IMAGEN_FAST_INLINE void for_each_vector_in_slots(int64_t n, Body&& body) {
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    body(i, 0, AllLanes{});
-    body(i + kWidth, 1, AllLanes{});
-    body(i + 2 * kWidth, 2, AllLanes{});
-    body(i + 3 * kWidth, 3, AllLanes{});
+  for (; i + Wide<S>::kWidth <= n; i += Wide<S>::kWidth) body(i, WholeWide<S>{});
+  for (; i < n; i += Vec<S>::kWidth) {
+    body(i, FirstLanes<S>{static_cast<int>(n - i < Vec<S>::kWidth ? n - i : Vec<S>::kWidth)});
   }
-  for (; i + kWidth <= n; i += kWidth) body(i, 0, AllLanes{});
-  if (i < n) body(i, 1, FirstLanes{static_cast<int>(n - i)});
 }
 
-// The sum of four accumulators' lanes.
-template <typename S>
-IMAGEN_FAST_INLINE S sum_slots(const Vec<S> (&slots)[4]) {
-  return sum((slots[0] + slots[1]) + (slots[2] + slots[3]));
+template <typename S, typename T>
+IMAGEN_FAST_INLINE Wide<S> load(const T* from, WholeWide<S>) {
+  return Wide<S>::load(from);
 }
+// Zero in the other lanes
+template <typename S, typename T>
+IMAGEN_FAST_INLINE Vec<S> load(const T* from, FirstLanes<S> lanes) {
+  return Vec<S>::load_first(from, lanes.count);
+}
+
+template <typename S, typename T>
+IMAGEN_FAST_INLINE void store(Wide<S> value, T* to, WholeWide<S>) {
+  value.store(to);
+}
+template <typename S, typename T>
+IMAGEN_FAST_INLINE void store(Vec<S> value, T* to, FirstLanes<S> lanes) {
+  value.store_first(to, lanes.count);
+}
+
+// A sum over a row, of terms that come as Wide and, at its end, as Vec
+template <typename S>
+class RowSum {
+ public:
+  IMAGEN_FAST_INLINE void add(Wide<S> term, WholeWide<S>) { wide_ = wide_ + term; }
+  IMAGEN_FAST_INLINE void add(Vec<S> term, FirstLanes<S> lanes) { rest_ = rest_ + keep_first(term, lanes.count); }
+  IMAGEN_FAST_INLINE void add_product(Wide<S> a, Wide<S> b, WholeWide<S>) { wide_ = fma(a, b, wide_); }
+  IMAGEN_FAST_INLINE void add_product(Vec<S> a, Vec<S> b, FirstLanes<S> lanes) {
+    rest_ = fma(keep_first(a, lanes.count), b, rest_);
+  }
+
+  IMAGEN_FAST_INLINE S total() const { return sum(wide_) + sum(rest_); }
+
+ private:
+  Wide<S> wide_{S(0)};
+  Vec<S> rest_{S(0)};
+};
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

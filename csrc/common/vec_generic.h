@@ -1,8 +1,6 @@
 // Vec<S> on the compiler's own vector types (GCC, Clang): correct everywhere, and what Vec<double> is on every machine.
 #pragma once
 
-#include <cmath>
-
 namespace imagen_fast::IMAGEN_FAST_ISA {
 
 #if defined(__AVX512F__)
@@ -27,131 +25,107 @@ struct RawVector<double> {
 
 template <typename S>
 struct Vec {
-  static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(S));
+  using Scalar = S;
   using Raw = typename RawVector<S>::type;
   using Mask = decltype(Raw{} < Raw{});
+  static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(S));
 
   Raw raw;
 
   Vec() = default;
-  Vec(S value) : raw(Raw{} + value) {}
-  explicit Vec(Raw value) : raw(value) {}
+  IMAGEN_FAST_INLINE Vec(S value) : raw(Raw{} + value) {}
+  IMAGEN_FAST_INLINE explicit Vec(Raw value) : raw(value) {}
 
   template <typename T>
-  static Vec load(const T* from, AllLanes) {
-    return load(from, FirstLanes{kWidth});
+  static IMAGEN_FAST_INLINE Vec load(const T* from) {
+    S lane[kWidth];
+    for (int i = 0; i < kWidth; ++i) lane[i] = widen(from[i]);
+    return Vec(bit_cast<Raw>(lane));
   }
-
   template <typename T>
-  static Vec load(const T* from, FirstLanes lanes) {
+  static IMAGEN_FAST_INLINE Vec load_first(const T* from, int count) {
     S lane[kWidth] = {};
-    for (int i = 0; i < lanes.count; ++i) lane[i] = widen(from[i]);
+    for (int i = 0; i < count; ++i) lane[i] = widen(from[i]);
     return Vec(bit_cast<Raw>(lane));
   }
 
   template <typename T>
-  void store(T* to, AllLanes) const {
-    store(to, FirstLanes{kWidth});
+  IMAGEN_FAST_INLINE void store(T* to) const {
+    for (int i = 0; i < kWidth; ++i) narrow(raw[i], to + i);
   }
-
   template <typename T>
-  void store(T* to, FirstLanes lanes) const {
-    for (int i = 0; i < lanes.count; ++i) narrow(raw[i], to + i);
+  IMAGEN_FAST_INLINE void store_first(T* to, int count) const {
+    for (int i = 0; i < count; ++i) narrow(raw[i], to + i);
   }
 
-  friend Vec operator+(Vec a, Vec b) { return Vec(a.raw + b.raw); }
-  friend Vec operator-(Vec a, Vec b) { return Vec(a.raw - b.raw); }
-  friend Vec operator*(Vec a, Vec b) { return Vec(a.raw * b.raw); }
-  friend Vec operator/(Vec a, Vec b) { return Vec(a.raw / b.raw); }
-  friend Mask operator>=(Vec a, Vec b) { return a.raw >= b.raw; }
-};
+  friend IMAGEN_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.raw + b.raw); }
+  friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.raw - b.raw); }
+  friend IMAGEN_FAST_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.raw * b.raw); }
+  friend IMAGEN_FAST_INLINE Mask operator>=(Vec a, Vec b) { return a.raw >= b.raw; }
 
-template <typename S>
-using VecMask = typename Vec<S>::Mask;
-
-// a * b + c, rounded once where the machine has an instruction for it
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> fma(Vec<S> a, Vec<S> b, Vec<S> c) {
+  // a * b + c, rounded once where the machine has an instruction for it
+  friend IMAGEN_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #ifdef __FP_FAST_FMAF
-  for (int i = 0; i < Vec<S>::kWidth; ++i) c.raw[i] = std::fma(a.raw[i], b.raw[i], c.raw[i]);
-  return c;
+    for (int i = 0; i < kWidth; ++i) c.raw[i] = std::fma(a.raw[i], b.raw[i], c.raw[i]);
+    return c;
 #else
-  return a * b + c;
+    return a * b + c;
 #endif
-}
+  }
 
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> select(VecMask<S> mask, Vec<S> yes, Vec<S> no) {
-  return Vec<S>(mask ? yes.raw : no.raw);
-}
+  // a * b - c, likewise
+  friend IMAGEN_FAST_INLINE Vec fms(Vec a, Vec b, Vec c) { return fma(a, b, Vec(-c.raw)); }
 
-// b where a is NaN, as the x86 instructions have it
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> max(Vec<S> a, Vec<S> b) {
-  return Vec<S>(a.raw > b.raw ? a.raw : b.raw);
-}
+  friend IMAGEN_FAST_INLINE Vec select(Mask mask, Vec yes, Vec no) { return Vec(mask ? yes.raw : no.raw); }
 
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> min(Vec<S> a, Vec<S> b) {
-  return Vec<S>(a.raw < b.raw ? a.raw : b.raw);
-}
+  // Of max and min: b where a is NaN, as the x86 instructions have it
+  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(a.raw > b.raw ? a.raw : b.raw); }
+  friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(a.raw < b.raw ? a.raw : b.raw); }
 
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> abs(Vec<S> a) {
-  return Vec<S>(a.raw < 0 ? -a.raw : a.raw);
-}
+  friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(a.raw < 0 ? -a.raw : a.raw); }
+  friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(a.raw < 0 ? a.raw : -a.raw); }
 
-// 1 / a for a normal, finite a, to 2 ulp
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> reciprocal(Vec<S> a) {
-  return Vec<S>(1) / a;
-}
+  // The nearest integer, for |a| < 2^22
+  friend IMAGEN_FAST_INLINE Vec round(Vec a) {
+    const Vec magic(sizeof(S) == sizeof(float) ? S(0x1.8p23) : S(0x1.8p52));
+    return (a + magic) - magic;
+  }
 
-// The nearest integer, for a float |a| < 2^22
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> round(Vec<S> a) {
-  const Vec<S> magic(0x1.8p23f);
-  return (a + magic) - magic;
-}
+  // a / b for a normal, finite b, to 2 ulp
+  friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(a.raw / b.raw); }
+  // The same to 12 bits or more
+  friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) { return divide(a, b); }
 
-// a * 2^n for floats, an integral n in [-252, 252]; underflows gradually
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> scale_exponent(Vec<S> a, Vec<S> n) {
-  static_assert(sizeof(S) == sizeof(int32_t));
-  // Twice 2^(n/2): one factor alone could not be represented.
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-  const Integers exponent = __builtin_convertvector(n.raw, Integers);
-  const Integers half = exponent >> 1;
-  const Integers first = (half + 127) << 23;
-  const Integers second = (exponent - half + 127) << 23;
-  using Raw = typename Vec<S>::Raw;
-  return Vec<S>(a.raw * bit_cast<Raw>(first) * bit_cast<Raw>(second));
-}
+  // a * 2^n for an integral n in [-252, 252]; underflows gradually. Floats only.
+  friend IMAGEN_FAST_INLINE Vec scale_exponent(Vec a, Vec n) {
+    static_assert(sizeof(S) == sizeof(float));
+    // Twice 2^(n/2): one factor alone could not be represented.
+    typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+    const Integers exponent = __builtin_convertvector(n.raw, Integers);
+    const Integers half = exponent >> 1;
+    const Integers first = (half + 127) << 23;
+    const Integers second = (exponent - half + 127) << 23;
+    return Vec(a.raw * bit_cast<Raw>(first) * bit_cast<Raw>(second));
+  }
 
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> keep(Vec<S> a, AllLanes) {
-  return a;
-}
+  // Zero in the other lanes
+  friend IMAGEN_FAST_INLINE Vec keep_first(Vec a, int count) {
+    for (int i = count; i < kWidth; ++i) a.raw[i] = 0;
+    return a;
+  }
 
-// Zero outside the lanes
-template <typename S>
-IMAGEN_FAST_INLINE Vec<S> keep(Vec<S> a, FirstLanes lanes) {
-  for (int i = lanes.count; i < Vec<S>::kWidth; ++i) a.raw[i] = 0;
-  return a;
-}
+  friend IMAGEN_FAST_INLINE S sum(Vec a) {
+    S total = a.raw[0];
+    for (int i = 1; i < kWidth; ++i) total += a.raw[i];
+    return total;
+  }
 
-template <typename S>
-IMAGEN_FAST_INLINE S sum(Vec<S> a) {
-  S total = a.raw[0];
-  for (int i = 1; i < Vec<S>::kWidth; ++i) total += a.raw[i];
-  return total;
-}
-
-// function(lane) for every lane
-template <typename S, typename Function>
-IMAGEN_FAST_INLINE Vec<S> map(Vec<S> a, Function function) {
-  for (int i = 0; i < Vec<S>::kWidth; ++i) a.raw[i] = function(a.raw[i]);
-  return a;
-}
+  // function(lane) for every lane
+  template <typename Function>
+  friend IMAGEN_FAST_INLINE Vec map(Vec a, Function function) {
+    for (int i = 0; i < kWidth; ++i) a.raw[i] = function(a.raw[i]);
+    return a;
+  }
+};
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -62,28 +62,26 @@ class GroupSums {
 
 template <typename T, typename Act, typename S>
 Sums<S> sum_row(const T* dy, const T* x, int64_t n, S mean, Affine<S> affine) {
-  using V = Vec<S>;
-  const V center(mean), multiplier(affine.multiplier), offset(affine.offset);
-  V sum_dt[2] = {V(0), V(0)};
-  V sum_dt_d[2] = {V(0), V(0)};
-  for_each_vector<V::kWidth>(n, [&](int64_t i, auto lanes) {
-    const V d = V::load(x + i, lanes) - center;
-    const V dt = keep(V::load(dy + i, lanes) * Act::slope(fma(d, multiplier, offset)), lanes);
-    sum_dt[0] = sum_dt[0] + dt;
-    sum_dt_d[0] = fma(dt, d, sum_dt_d[0]);
+  RowSum<S> sum_dt;
+  RowSum<S> sum_dt_d;
+  for_each_vector<S>(n, [&](int64_t i, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V d = load(x + i, lanes) - V(mean);
+    const V dt = load(dy + i, lanes) * Act::template slope<T>(fma(d, V(affine.multiplier), V(affine.offset)));
+    sum_dt.add(dt, lanes);
+    sum_dt_d.add_product(dt, d, lanes);
   });
-  return {sum(sum_dt[0]), sum(sum_dt_d[0])};
+  return {sum_dt.total(), sum_dt_d.total()};
 }
 
 template <typename T, typename Act, typename S>
 void apply_row(const T* dy, const T* x, T* dx, int64_t n, S mean, Affine<S> affine, GroupTerms<S> terms) {
-  using V = Vec<S>;
-  const V center(mean), multiplier(affine.multiplier), offset(affine.offset);
-  const V constant(terms.constant), slope(terms.slope);
-  for_each_vector<V::kWidth>(n, [&](int64_t i, auto lanes) {
-    const V d = V::load(x + i, lanes) - center;
-    const V dt = V::load(dy + i, lanes) * Act::slope(fma(d, multiplier, offset));
-    (dt * multiplier - fma(d, slope, constant)).store(dx + i, lanes);
+  for_each_vector<S>(n, [&](int64_t i, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V d = load(x + i, lanes) - V(mean);
+    const V multiplier(affine.multiplier);
+    const V dt = load(dy + i, lanes) * Act::template slope<T>(fma(d, multiplier, V(affine.offset)));
+    store(fms(dt, multiplier, fma(d, V(terms.slope), V(terms.constant))), dx + i, lanes);
   });
 }
 
@@ -92,7 +90,7 @@ class ChannelsFirst {
   using S = AccumulateType<T>;
 
   // Positions of a channel that are summed in float before they join a sum in double
-  static constexpr int64_t kPart = 128 * Vec<S>::kWidth;
+  static constexpr int64_t kPart = 64 * Wide<S>::kWidth;
 
  public:
   explicit ChannelsFirst(const Backward& f)
@@ -199,30 +197,28 @@ struct ColumnTerms {
 template <typename T, typename Act, typename S>
 void sum_columns(const T* dy, const T* x, int64_t n, int64_t width, const ColumnTerms<S>& column, S* sum_dt,
                  S* sum_dt_d) {
-  using V = Vec<S>;
   for (int64_t c = 0; c < width; ++c) sum_dt[c] = sum_dt_d[c] = 0;
   for (int64_t i = 0; i < n; i += width) {
-    for_each_vector<V::kWidth>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const V d = V::load(x + i + c, lanes) - V::load(column.mean + c, lanes);
-      const V t = fma(d, V::load(column.multiplier + c, lanes), V::load(column.offset + c, lanes));
-      const V dt = V::load(dy + i + c, lanes) * Act::slope(t);
-      (V::load(sum_dt + c, lanes) + dt).store(sum_dt + c, lanes);
-      fma(dt, d, V::load(sum_dt_d + c, lanes)).store(sum_dt_d + c, lanes);
+    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
+      const auto d = load(x + i + c, lanes) - load(column.mean + c, lanes);
+      const auto t = fma(d, load(column.multiplier + c, lanes), load(column.offset + c, lanes));
+      const auto dt = load(dy + i + c, lanes) * Act::template slope<T>(t);
+      store(load(sum_dt + c, lanes) + dt, sum_dt + c, lanes);
+      store(fma(dt, d, load(sum_dt_d + c, lanes)), sum_dt_d + c, lanes);
     });
   }
 }
 
 template <typename T, typename Act, typename S>
 void apply_columns(const T* dy, const T* x, T* dx, int64_t n, int64_t width, const ColumnTerms<S>& column) {
-  using V = Vec<S>;
   for (int64_t i = 0; i < n; i += width) {
-    for_each_vector<V::kWidth>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const V d = V::load(x + i + c, lanes) - V::load(column.mean + c, lanes);
-      const V multiplier = V::load(column.multiplier + c, lanes);
-      const V t = fma(d, multiplier, V::load(column.offset + c, lanes));
-      const V dt = V::load(dy + i + c, lanes) * Act::slope(t);
-      const V rest = fma(d, V::load(column.slope + c, lanes), V::load(column.constant + c, lanes));
-      (dt * multiplier - rest).store(dx + i + c, lanes);
+    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
+      const auto d = load(x + i + c, lanes) - load(column.mean + c, lanes);
+      const auto multiplier = load(column.multiplier + c, lanes);
+      const auto t = fma(d, multiplier, load(column.offset + c, lanes));
+      const auto dt = load(dy + i + c, lanes) * Act::template slope<T>(t);
+      const auto rest = fma(d, load(column.slope + c, lanes), load(column.constant + c, lanes));
+      store(fms(dt, multiplier, rest), dx + i + c, lanes);
     });
   }
 }

@@ -24,11 +24,10 @@ void save(const Forward& f, int64_t slab, const Statistics<S>& statistics) {
 // y = act((x - mean) * multiplier + offset) over part of one channel
 template <typename T, typename Act, typename S>
 void apply_row(const T* x, T* y, int64_t n, S mean, Affine<S> affine) {
-  using V = Vec<S>;
-  const V center(mean), multiplier(affine.multiplier), offset(affine.offset);
-  for_each_vector<V::kWidth>(n, [&](int64_t i, auto lanes) {
-    const V t = fma(V::load(x + i, lanes) - center, multiplier, offset);
-    Act::value(t).store(y + i, lanes);
+  for_each_vector<S>(n, [&](int64_t i, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V t = fma(load(x + i, lanes) - V(mean), V(affine.multiplier), V(affine.offset));
+    store(Act::template value<T>(t), y + i, lanes);
   });
 }
 
@@ -115,12 +114,11 @@ class ChannelsFirst {
 // y = act((x - mean[c]) * multiplier[c] + offset[c]) over n elements in rows of `width`
 template <typename T, typename Act, typename S>
 void apply_columns(const T* x, T* y, int64_t n, int64_t width, const S* mean, const S* multiplier, const S* offset) {
-  using V = Vec<S>;
   for (int64_t i = 0; i < n; i += width) {
-    for_each_vector<V::kWidth>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const V d = V::load(x + i + c, lanes) - V::load(mean + c, lanes);
-      const V t = fma(d, V::load(multiplier + c, lanes), V::load(offset + c, lanes));
-      Act::value(t).store(y + i + c, lanes);
+    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
+      const auto d = load(x + i + c, lanes) - load(mean + c, lanes);
+      const auto t = fma(d, load(multiplier + c, lanes), load(offset + c, lanes));
+      store(Act::template value<T>(t), y + i + c, lanes);
     });
   }
 }

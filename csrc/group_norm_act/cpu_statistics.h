@@ -1,11 +1,17 @@
-// Mean and variance that stay exact when the mean is large: every chunk of a slab is summed, then summed again around its
-// own mean while it is in the first-level cache, and the chunks are combined in float64. The second sum also gives back
-// what rounding the chunk's mean to float lost.
+// Mean and variance that stay exact when the mean is large, in one pass: a chunk of a slab is summed, with its squares,
+// around the mean p of its own first part, and the chunks are combined in float64.
+//
+// Why that is safe whatever the data: if p is the mean of a fraction f of n values with mean m and variance v, the rest
+// has mean q with m - p = (1 - f)(q - p), and v is at least f (1 - f) (q - p)^2. So (m - p)^2 <= v (1 - f) / f, and in
+//   v = sum((x - p)^2) / n - (m - p)^2
+// the difference is at least f times its larger term: for f = 1/8, three bits at most are lost.
 #pragma once
 
 #include "cpu_common.h"
 
 namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act {
+
+constexpr int64_t kPivotShare = 8;  // 1 / f
 
 // Of one chunk; deviations is the sum of (x - mean)^2
 struct Moments {
@@ -21,20 +27,19 @@ inline Moments moments_around(double pivot, double sum_d, double sum_d2, double 
 template <typename T>
 inline Moments chunk_moments(const T* x, int64_t n) {
   using S = AccumulateType<T>;
-  using V = Vec<S>;
-  V total[4] = {V(0), V(0), V(0), V(0)};
-  for_each_vector_in_slots<V::kWidth>(
-      n, [&](int64_t i, int slot, auto lanes) { total[slot] = total[slot] + V::load(x + i, lanes); });
-  const S pivot = sum_slots(total) / static_cast<S>(n);
+  const int64_t first = ceil_div(n, kPivotShare);
+  RowSum<S> total;
+  for_each_vector<S>(first, [&](int64_t i, auto lanes) { total.add(load(x + i, lanes), lanes); });
+  const S pivot = total.total() / static_cast<S>(first);
 
-  V sum_d[4] = {V(0), V(0), V(0), V(0)};
-  V sum_d2[4] = {V(0), V(0), V(0), V(0)};
-  for_each_vector_in_slots<V::kWidth>(n, [&](int64_t i, int slot, auto lanes) {
-    const V d = keep(V::load(x + i, lanes) - V(pivot), lanes);
-    sum_d[slot] = sum_d[slot] + d;
-    sum_d2[slot] = fma(d, d, sum_d2[slot]);
+  RowSum<S> sum_d;
+  RowSum<S> sum_d2;
+  for_each_vector<S>(n, [&](int64_t i, auto lanes) {
+    const auto d = load(x + i, lanes) - pivot;
+    sum_d.add(d, lanes);
+    sum_d2.add_product(d, d, lanes);
   });
-  return moments_around(pivot, sum_slots(sum_d), sum_slots(sum_d2), static_cast<double>(n));
+  return moments_around(pivot, sum_d.total(), sum_d2.total(), static_cast<double>(n));
 }
 
 // A group's mean in two parts (the float nearest to it, and what is missing), and 1 / deviation
@@ -72,20 +77,19 @@ inline Statistics<S> combine(const Moments* moments, int64_t stride, int64_t chu
 // sums[c] = sum of x over the rows of column c; x has n elements, its last row may be short.
 template <typename T, typename S>
 inline void column_sums(const T* x, int64_t n, int64_t width, S* sums) {
-  using V = Vec<S>;
   for (int64_t c = 0; c < width; ++c) sums[c] = 0;
   int64_t i = 0;
   for (; i + 4 * width <= n; i += 4 * width) {
-    for_each_vector<V::kWidth>(width, [&](int64_t c, auto lanes) {
+    for_each_vector<S>(width, [&](int64_t c, auto lanes) {
       const T* row = x + i + c;
-      const V pair = V::load(row, lanes) + V::load(row + width, lanes);
-      const V other = V::load(row + 2 * width, lanes) + V::load(row + 3 * width, lanes);
-      (V::load(sums + c, lanes) + (pair + other)).store(sums + c, lanes);
+      const auto pair = load(row, lanes) + load(row + width, lanes);
+      const auto other = load(row + 2 * width, lanes) + load(row + 3 * width, lanes);
+      store(load(sums + c, lanes) + (pair + other), sums + c, lanes);
     });
   }
   for (; i < n; i += width) {
-    for_each_vector<V::kWidth>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      (V::load(sums + c, lanes) + V::load(x + i + c, lanes)).store(sums + c, lanes);
+    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
+      store(load(sums + c, lanes) + load(x + i + c, lanes), sums + c, lanes);
     });
   }
 }
@@ -93,27 +97,26 @@ inline void column_sums(const T* x, int64_t n, int64_t width, S* sums) {
 // The same for d and d^2, d = x - pivot[c]
 template <typename T, typename S>
 inline void column_sums_around(const T* x, int64_t n, int64_t width, const S* pivot, S* sum_d, S* sum_d2) {
-  using V = Vec<S>;
   for (int64_t c = 0; c < width; ++c) sum_d[c] = sum_d2[c] = 0;
   int64_t i = 0;
   for (; i + 4 * width <= n; i += 4 * width) {
-    for_each_vector<V::kWidth>(width, [&](int64_t c, auto lanes) {
+    for_each_vector<S>(width, [&](int64_t c, auto lanes) {
       const T* row = x + i + c;
-      const V center = V::load(pivot + c, lanes);
-      const V d0 = V::load(row, lanes) - center;
-      const V d1 = V::load(row + width, lanes) - center;
-      const V d2 = V::load(row + 2 * width, lanes) - center;
-      const V d3 = V::load(row + 3 * width, lanes) - center;
-      (V::load(sum_d + c, lanes) + ((d0 + d1) + (d2 + d3))).store(sum_d + c, lanes);
-      const V squares = fma(d0, d0, d1 * d1) + fma(d2, d2, d3 * d3);
-      (V::load(sum_d2 + c, lanes) + squares).store(sum_d2 + c, lanes);
+      const auto center = load(pivot + c, lanes);
+      const auto d0 = load(row, lanes) - center;
+      const auto d1 = load(row + width, lanes) - center;
+      const auto d2 = load(row + 2 * width, lanes) - center;
+      const auto d3 = load(row + 3 * width, lanes) - center;
+      store(load(sum_d + c, lanes) + ((d0 + d1) + (d2 + d3)), sum_d + c, lanes);
+      const auto squares = fma(d0, d0, d1 * d1) + fma(d2, d2, d3 * d3);
+      store(load(sum_d2 + c, lanes) + squares, sum_d2 + c, lanes);
     });
   }
   for (; i < n; i += width) {
-    for_each_vector<V::kWidth>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const V d = V::load(x + i + c, lanes) - V::load(pivot + c, lanes);
-      (V::load(sum_d + c, lanes) + d).store(sum_d + c, lanes);
-      fma(d, d, V::load(sum_d2 + c, lanes)).store(sum_d2 + c, lanes);
+    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
+      const auto d = load(x + i + c, lanes) - load(pivot + c, lanes);
+      store(load(sum_d + c, lanes) + d, sum_d + c, lanes);
+      store(fma(d, d, load(sum_d2 + c, lanes)), sum_d2 + c, lanes);
     });
   }
 }
@@ -128,12 +131,13 @@ inline void block_moments(const T* x, int64_t n, const Columns& columns, int64_t
   S* sum_d2 = scratch + 2 * columns.width;
 
   S* sums = sum_d;
-  column_sums(x, n, columns.width, sums);
+  const int64_t first = ceil_div(n / columns.channels, kPivotShare) * columns.channels;  // whole positions
+  column_sums(x, first, columns.width, sums);
   columns.fold(sums);
   for (int64_t g = 0; g < groups; ++g) {
     S total = 0;
     for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) total += sums[c];
-    const S mean = total / static_cast<S>(count);
+    const S mean = total / static_cast<S>(first / groups);
     for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) pivot[c] = mean;
   }
   columns.repeat(pivot);
