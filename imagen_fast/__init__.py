@@ -8,17 +8,38 @@ operators.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import diffusion, models, nn, ops, testing
+    from .accelerate import Report, accelerate, restore
     from .backends import explain, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "diffusion", "explain", "models", "nn", "ops", "testing", "use_backend"]
+__all__ = [
+    "Report",
+    "__version__",
+    "accelerate",
+    "diffusion",
+    "explain",
+    "models",
+    "nn",
+    "ops",
+    "restore",
+    "testing",
+    "use_backend",
+]
 
 _MODULES = ("diffusion", "models", "nn", "ops", "testing")
-_MODULE_OF = {"explain": "backends", "use_backend": "backends"}
+_MODULE_OF = {
+    "Report": "accelerate",
+    "accelerate": "accelerate",
+    "explain": "backends",
+    "restore": "accelerate",
+    "use_backend": "backends",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -33,3 +54,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """This package: importing its module `accelerate` binds the function of that name, not the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "accelerate" and isinstance(value, ModuleType):
+            value = value.accelerate
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,81 @@
+"""What the models of each host library are made of, and which of their blocks have a fused form.
+
+One module for each host library, of the library's name; `reference` is for this package's own models. Each defines
+`INTEGRATION`. Modules are found here by their names, and one is imported only for an object whose class comes from its
+host: the host library has been imported by then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ._fused import Fused, give_back, own_methods, take_form
+
+__all__ = ["Fused", "Integration", "give_back", "integration_of", "own_methods", "supported", "take_form"]
+
+
+@dataclass(frozen=True)
+class Integration:
+    """How `accelerate` treats the objects of one host library.
+
+    Attributes:
+        serves: the classes of whole objects, which keep their class. Their subclasses are served too.
+        fused: the fused classes. A module takes a fused form if its class is exactly the form's original.
+        parts: the modules that an object consists of, by name, each to be treated by the integration that serves it.
+            A module that is one piece is its own part, named "".
+        runs: for `verify`: calls of an object that reach the modules in it. It takes the object and what the user gave
+            as inputs, None for synthetic ones; raises TypeError for what it cannot use.
+    """
+
+    serves: tuple[type, ...]
+    fused: tuple[type[Fused], ...]
+    parts: Callable[[Any], Mapping[str, Any]]
+    runs: Callable[[Any, Any], Iterable[Callable[[], object]]]
+
+    def form_of(self, module: nn.Module) -> type[Fused] | None:
+        """The fused form that a module has, or could have but for what is particular to it, or None."""
+        for matches in (
+            lambda form: isinstance(module, form),
+            lambda form: type(module) is form.original,
+            lambda form: isinstance(module, form.original),
+        ):
+            form = next(filter(matches, self.fused), None)
+            if form is not None:
+                return form
+        return None
+
+
+_MODULE_OF_HOST = {
+    "imagen_fast" if module.name == "reference" else module.name: module.name
+    for module in pkgutil.iter_modules(__path__)
+    if not module.name.startswith("_")
+}
+
+
+def integration_of(obj: object) -> Integration | None:
+    """The integration that serves `obj`, or None."""
+    for host in dict.fromkeys(cls.__module__.partition(".")[0] for cls in type(obj).__mro__):
+        if host in _MODULE_OF_HOST:
+            integration = _load(host)
+            if isinstance(obj, integration.serves):
+                return integration
+    return None
+
+
+def supported() -> str:
+    """The classes that are served, for messages; of a host library that is not imported, its name alone."""
+    return "; ".join(
+        f"{host}: {', '.join(cls.__name__ for cls in _load(host).serves)}" if host in sys.modules else host
+        for host in _MODULE_OF_HOST
+    )
+
+
+def _load(host: str) -> Integration:
+    return importlib.import_module(f"{__name__}.{_MODULE_OF_HOST[host]}").INTEGRATION

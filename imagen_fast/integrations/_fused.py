@@ -1,0 +1,147 @@
+"""What fused blocks have in common, and when one may read a child's parameters instead of calling it.
+
+A fused block computes what its original computes, but does the work of some children itself, from their parameters.
+That must not be seen from outside: a hook, a parametrization or an adapter on such a child, added before or after, has
+to work as it does in the original. So every call looks at the children first, and one that is not plain is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MethodType
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as _module
+
+from .. import ops
+from ..reference.group_norm_act import ACTIVATIONS
+
+# The last two are what a plain tensor is while it is traced.
+_PLAIN_TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor))
+
+
+class Fused(nn.Module):
+    """Mixin of the fused classes, which stand first among a class's bases and before the original.
+
+    A module gets and loses its fused form by changing class, so a fused class adds no state of its own. It is defined
+    at the top of an importable module, so that copies and pickles of a module keep it.
+
+    Attributes:
+        original: the class that it takes the place of.
+        ops: the names of the ops that it calls.
+        reads: the children whose parameters it reads, and the class that they must be of exactly.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    ops: ClassVar[tuple[str, ...]]
+    reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        """What keeps a module in this form from using its ops everywhere; works before it has the form, too."""
+        found = []
+        for name, expected in cls.reads.items():
+            child = module.get_submodule(name)
+            reason = why_called(child, expected)
+            if reason is not None:
+                found.append(f"{name} ({type(child).__name__}) is called as it is: {reason}")
+        return found
+
+
+# ---- Changing form
+
+
+def take_form(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give the module another class, also where the instance holds on to a method of the one that it has.
+
+    Libraries that wrap `forward` on an instance (Hugging Face's accelerate) keep the bound method to call it later.
+    """
+    methods = own_methods(module)
+    module.__class__ = cls
+    for key, method in methods.items():
+        vars(module)[key] = getattr(cls, method).__get__(module)
+
+
+def give_back(module: nn.Module) -> None:
+    """Give a fused module the class that it had; leave any other."""
+    if isinstance(module, Fused):
+        take_form(module, _original_class(module))
+
+
+def own_methods(module: nn.Module) -> dict[str, str]:
+    """The methods of its class that the instance itself holds, bound to it: attribute and name of the method."""
+    return {
+        key: value.__name__
+        for key, value in vars(module).items()
+        if isinstance(value, MethodType)
+        and value.__self__ is module
+        and value.__func__ is getattr(type(module), value.__name__, None)
+    }
+
+
+def _original_class(module: Fused) -> type[nn.Module]:
+    cls = type(module)
+    if "original" in vars(cls):
+        return cls.original
+    # A parametrization that came later: `parametrize` has derived a class for this instance from the fused one, with a
+    # property for each parametrized tensor.
+    return type(f"Parametrized{cls.original.__name__}", (cls.original,), dict(vars(cls)))
+
+
+# ---- Reading children
+
+
+def why_called(child: nn.Module, expected: type[nn.Module]) -> str | None:
+    """Why `child` must be called, or None where reading its parameters amounts to the same.
+
+    This runs at every call of a fused block, so it asks for little more than a microsecond, and `torch.compile` traces
+    it. Dynamo ignores hooks that are added after compilation, here as in any module.
+    """
+    if type(child) is not expected:  # also true of a parametrized module, which has a class of its own
+        return f"it is not exactly a {expected.__name__}"
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "it has hooks"
+    if "forward" in child.__dict__ and own_methods(child).get("forward") != "forward":
+        return "its forward is replaced"
+    if _module._has_any_global_hook():
+        return "there are hooks on all modules"
+    for parameter in child._parameters.values():
+        if type(parameter) not in _PLAIN_TENSORS:
+            return "its parameters are of a tensor subclass"
+    return None
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether none of them is of a tensor subclass (quantized, distributed), for which an op may have no rule."""
+    for tensor in tensors:  # noqa: SIM110  # at every call; a loop takes half the time of `all`
+        if type(tensor) not in _PLAIN_TENSORS:
+            return False
+    return True
+
+
+def group_norm_act(
+    norm: nn.Module, x: Tensor, activation: str | None, *, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """`activation(norm(x) * (1 + scale) + shift)` by the op where `norm` can be read, else by calling `norm`.
+
+    Args:
+        norm: a child that is an `nn.GroupNorm` as long as nobody replaces it.
+        x: (B, C, positions...).
+        activation: as the op's.
+        scale, shift: (B, C), both or neither.
+    """
+    if why_called(norm, nn.GroupNorm) is None and is_plain(x, scale, shift):
+        assert isinstance(norm, nn.GroupNorm)
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        return ops.group_norm_act(
+            x, norm.num_groups, weight, bias, scale=scale, shift=shift, activation=activation, eps=norm.eps
+        )
+    h = norm(x)
+    if scale is not None and shift is not None:
+        positions = (...,) + (None,) * (h.dim() - 2)
+        h = h * (1 + scale[positions]) + shift[positions]
+    return ACTIVATIONS[activation](h)

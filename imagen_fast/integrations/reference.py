@@ -1,0 +1,124 @@
+"""The reference Imagen of this package: its residual blocks, attention and output norms on `ops.group_norm_act`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.efficient_unet import EfficientUNet
+from ..models.imagen import Imagen
+from ..models.layers import Attention, GroupNormSiLU, ResnetBlock, TextCondition, resampled
+from ..models.t5 import T5Encoder
+from ..models.unet import UNet
+from . import Integration
+from ._fused import Fused, group_norm_act, is_plain
+
+# ---- Fused forms
+
+
+class FusedResnetBlock(Fused, ResnetBlock):
+    """Both group norms with what follows them, each in one op."""
+
+    original = ResnetBlock
+    ops = ("group_norm_act",)
+    reads = {"norm1": nn.GroupNorm, "norm2": nn.GroupNorm}  # noqa: RUF012
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = group_norm_act(self.norm1, x, "silu")
+        h = self.conv1(resampled(h, self.resample))
+        scale, shift = self.modulation(F.silu(embedding)).chunk(2, dim=1)
+        h = group_norm_act(self.norm2, h, "silu", scale=scale, shift=shift)
+        h = self.conv2(self.dropout(h))
+        return self.skip(resampled(x, self.resample)) + h
+
+
+class FusedAttention(Fused, Attention):
+    """The group norm by the op; the rest as it is."""
+
+    original = Attention
+    ops = ("group_norm_act",)
+    reads = {"norm": nn.GroupNorm}  # noqa: RUF012
+
+    def forward(self, x: Tensor, text: TextCondition | None) -> Tensor:
+        return x + self.attend(group_norm_act(self.norm, x, None), text)
+
+
+class FusedGroupNormSiLU(Fused, GroupNormSiLU):
+    """Norm and activation in one op."""
+
+    original = GroupNormSiLU
+    ops = ("group_norm_act",)
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        plain = isinstance(module, GroupNormSiLU) and is_plain(module.weight, module.bias)
+        return [] if plain else ["it runs as it is: its parameters are of a tensor subclass"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_plain(x, self.weight, self.bias):
+            return super().forward(x)
+        return ops.group_norm_act(x, self.num_groups, self.weight, self.bias, activation="silu", eps=self.eps)
+
+
+# ---- Whole objects
+
+
+def _parts(obj: nn.Module) -> Mapping[str, nn.Module]:
+    if not isinstance(obj, Imagen):
+        return {"": obj}
+    unets = {f"unets.{name}": unet for name, unet in obj.unets.items()}
+    return {"text_encoder": obj.text_encoder, **unets}
+
+
+def _runs(obj: nn.Module, inputs: Any) -> Iterator[Callable[[], object]]:
+    """A cascade takes prompts, and draws them in one step a stage; a model takes the arguments of one call."""
+    if inputs is None:
+        for part in _parts(obj).values():
+            if isinstance(part, UNet | EfficientUNet):
+                yield partial(part, **_synthetic_inputs(part))
+    elif isinstance(obj, Imagen):
+        yield partial(obj.sample, inputs, steps=1, progress=False)
+    elif isinstance(inputs, tuple):
+        yield partial(obj, *inputs)
+    elif isinstance(inputs, dict):
+        yield partial(obj, **inputs)
+    else:
+        raise TypeError(
+            "verify must be True, a tuple of positional arguments or a dict of keyword arguments of a call, "
+            f"or prompts for a cascade; got {type(inputs).__name__}"
+        )
+
+
+def _synthetic_inputs(unet: UNet | EfficientUNet) -> dict[str, Tensor]:
+    """Two random pictures, the smallest that keep 4 pixels or more a side everywhere; one with less text."""
+    config, parameter = unet.config, next(unet.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(parameter)
+
+    size = 4 * 2 ** len(config.multipliers)
+    timestep = torch.tensor([20, 700], device=parameter.device)
+    inputs = {"x": random(2, config.in_channels, size, size), "timestep": timestep}
+    if isinstance(unet, EfficientUNet):
+        inputs["augmentation"] = timestep.flip(0)
+    if config.text_dim is not None:
+        inputs["text"] = random(2, 7, config.text_dim)
+        inputs["text_mask"] = torch.arange(7, device=parameter.device) < torch.tensor(
+            [[7], [3]], device=parameter.device
+        )
+    return inputs
+
+
+INTEGRATION = Integration(
+    serves=(Imagen, UNet, EfficientUNet, T5Encoder),
+    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU),
+    parts=_parts,
+    runs=_runs,
+)

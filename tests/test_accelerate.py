@@ -1,0 +1,672 @@
+"""accelerate, restore and the report: nothing but the speed may change, whatever else is done to the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import imagen_fast
+from imagen_fast import ops, testing
+from imagen_fast.accelerate import AccelerationError
+from imagen_fast.integrations import _fused, reference
+from imagen_fast.models import (
+    EfficientUNet,
+    EfficientUNetConfig,
+    Imagen,
+    ImagenConfig,
+    StageConfig,
+    T5Config,
+    T5Encoder,
+    UNet,
+    UNetConfig,
+)
+from imagen_fast.models.layers import GroupNormSiLU, ResnetBlock
+from imagen_fast.models.t5 import ByteTokenizer
+
+UNET = UNetConfig(16, (1, 2), 1, (1,), 8, text_dim=16, groups=4)
+EFFICIENT_UNET = EfficientUNetConfig(16, (1, 2), (1, 1), (1,), (1,), heads=4, text_dim=16, groups=4)
+BLOCK = "down.0.resnet"  # of the base U-Net
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Every weight random, also those that start at zero, so that every module changes the output."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return model
+
+
+def unet() -> UNet:
+    return randomized(UNet(UNET))
+
+
+def efficient_unet() -> EfficientUNet:
+    return randomized(EfficientUNet(EFFICIENT_UNET))
+
+
+def imagen() -> Imagen:
+    text = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    stages = (
+        StageConfig("base", 8, unet=UNET, steps=2, guidance=2.0),
+        StageConfig("super", 16, efficient_unet=EFFICIENT_UNET, steps=2),
+    )
+    return randomized(Imagen(ImagenConfig(stages, max_text_length=24), T5Encoder(text, ByteTokenizer()))).eval()
+
+
+def inputs(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """One prompt with text, one without."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, model.config.in_channels, 16, 16, generator=generator).to(dtype)
+    text = torch.randn(2, 5, 16, generator=generator).to(dtype)
+    mask = torch.tensor([[True] * 4 + [False], [False] * 5])
+    found = {"x": x, "timestep": torch.tensor([10, 900]), "text": text, "text_mask": mask}
+    return found | ({"augmentation": torch.tensor([5, 300])} if isinstance(model, EfficientUNet) else {})
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(model))
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    imagen_fast.accelerate(model)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the channels of every call of `ops.group_norm_act`."""
+    channels: list[int] = []
+    op = ops.group_norm_act
+
+    def counted(x: Tensor, *args, **kwargs) -> Tensor:
+        channels.append(x.shape[1])
+        return op(x, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "group_norm_act", counted)
+    return channels
+
+
+# ---- The result
+
+
+def forward_and_gradients(
+    model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format
+) -> dict[str, Tensor]:
+    arguments = inputs(model, torch.bfloat16)  # rounded, so that all dtypes start from the same numbers
+    arguments = {k: v.to(dtype) if v.is_floating_point() else v for k, v in arguments.items()}
+    arguments["x"] = arguments["x"].contiguous(memory_format=memory_format).requires_grad_()
+    y = model(**arguments)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(dtype)
+    gradients = torch.autograd.grad(y, [arguments["x"], *model.parameters()], weights)
+    return {
+        "output": y.detach(),
+        "gradient of x": gradients[0],
+        "gradient of the parameters": torch.cat([g.flatten() for g in gradients[1:]]),
+    }
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("build", [unet, efficient_unet])
+def test_output_and_gradients_are_as_accurate_as_eager(build, dtype, memory_format):
+    model = build().bfloat16().to(dtype)
+    eager = forward_and_gradients(model, dtype, memory_format)
+    truth = forward_and_gradients(copy.deepcopy(model).double(), torch.float64, memory_format)
+    imagen_fast.accelerate(model)
+    ours = forward_and_gradients(model, dtype, memory_format)
+    for name, result in ours.items():
+        testing.assert_model_as_accurate(result, eager[name], truth[name], name=name)
+
+
+def test_every_group_norm_runs_on_the_op(calls):
+    model = accelerated(unet())
+    output(model)
+    assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("build", [unet, efficient_unet])
+def test_restored_model_is_bit_identical(build):
+    model = build()
+    before, classes = output(model), [type(module) for module in model.modules()]
+    imagen_fast.accelerate(model)
+    output(model)
+    imagen_fast.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(output(model), before)
+
+
+def test_nothing_is_seen_from_outside():
+    model = unet()
+    state, names, parameters = model.state_dict(), list(model.named_modules()), list(model.parameters())
+    attributes = [set(vars(module)) for module in model.modules()]
+    imagen_fast.accelerate(model)
+    output(model)
+    assert type(model) is UNet
+    assert list(model.named_modules()) == names
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    assert all(model.state_dict()[key].data_ptr() == tensor.data_ptr() for key, tensor in state.items())
+
+
+def test_accelerate_and_restore_are_idempotent():
+    model = unet()
+    imagen_fast.restore(model)
+    first = imagen_fast.accelerate(model)
+    classes = [type(module) for module in model.modules()]
+    assert imagen_fast.accelerate(model) == first
+    assert [type(module) for module in model.modules()] == classes
+    imagen_fast.restore(model)
+    imagen_fast.restore(model)
+    assert not any(isinstance(module, _fused.Fused) for module in model.modules())
+
+
+def test_other_instances_stay():
+    model, other = unet(), unet()
+    imagen_fast.accelerate(model)
+    assert type(other.get_submodule(BLOCK)) is ResnetBlock
+
+
+# ---- What is done to a model before and after
+
+
+class DoubledGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Tripled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 3 * weight
+
+
+class NegatedWeight(Tensor):
+    """A weight that is another tensor to whoever computes with it, as quantized weights are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args = tuple(-a.as_subclass(Tensor) if isinstance(a, NegatedWeight) else a for a in args)
+        kwargs = {k: -v.as_subclass(Tensor) if isinstance(v, NegatedWeight) else v for k, v in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def _replace_forward(norm: nn.Module) -> None:
+    """As Hugging Face's accelerate hooks a module for offloading."""
+    norm._old_forward = norm.forward
+    norm.forward = functools.update_wrapper(
+        functools.partial(lambda module, *args: 2 * module._old_forward(*args), norm), norm._old_forward
+    )
+
+
+def _negate(norm: nn.Module) -> None:
+    weight = norm.weight.detach().as_subclass(NegatedWeight)
+    del norm._parameters["weight"]
+    norm._parameters["weight"] = weight
+
+
+def _replace(model: nn.Module, name: str) -> None:
+    parent, _, child = name.rpartition(".")
+    norm = DoubledGroupNorm(4, model.get_submodule(name).num_channels)
+    setattr(model.get_submodule(parent), child, norm)
+
+
+def _double_backward(module, grad_input, grad_output):
+    return tuple(2 * g for g in grad_input)
+
+
+CHANGES: dict[str, Callable[[UNet, str], object]] = {
+    "forward hook": lambda model, name: model.get_submodule(name).register_forward_hook(lambda m, a, y: 2 * y),
+    "pre-hook": lambda model, name: model.get_submodule(name).register_forward_pre_hook(lambda m, a: a[0].relu()),
+    "backward hook": lambda model, name: model.get_submodule(name).register_full_backward_hook(_double_backward),
+    "backward pre-hook": lambda model, name: model.get_submodule(name).register_full_backward_pre_hook(
+        lambda m, g: (2 * g[0],)
+    ),
+    "parametrization": lambda model, name: parametrize.register_parametrization(
+        model.get_submodule(name), "weight", Tripled()
+    ),
+    "replaced forward": lambda model, name: _replace_forward(model.get_submodule(name)),
+    "tensor subclass": lambda model, name: _negate(model.get_submodule(name)),
+    "another module": _replace,
+    "new values": lambda model, name: model.get_submodule(name).weight.data.mul_(2),
+    "new parameter": lambda model, name: setattr(
+        model.get_submodule(name), "weight", nn.Parameter(3 * model.get_submodule(name).weight.detach())
+    ),
+}
+NORMS = (f"{BLOCK}.norm1", f"{BLOCK}.norm2", "down.2.attention.norm", "norm_out")
+
+
+def output_and_gradient(model: nn.Module) -> Tensor:
+    arguments = inputs(model)
+    x = arguments["x"].requires_grad_()
+    y = model(**arguments)
+    return torch.cat((y.detach().flatten(), torch.autograd.grad(y.square().sum(), x)[0].flatten()))
+
+
+# Another module in the place of the output norm, which is fused itself, would only make another model.
+@pytest.mark.parametrize(
+    ("change", "norm"),
+    [(change, norm) for change in CHANGES for norm in NORMS if (change, norm) != ("another module", "norm_out")],
+)
+def test_changes_to_a_norm_count_before_and_after(change, norm):
+    plain, before, after = unet(), unet(), accelerated(unet())
+    unchanged = output_and_gradient(plain)
+    output_and_gradient(after)
+    for model in (plain, before, after):
+        CHANGES[change](model, norm)
+    imagen_fast.accelerate(before)
+    expected = output_and_gradient(plain)
+    assert not torch.allclose(expected, unchanged, rtol=1e-2), "the change does nothing: the test is void"
+    for model in (before, after):
+        torch.testing.assert_close(output_and_gradient(model), expected, rtol=1e-4, atol=1e-4)
+        imagen_fast.restore(model)
+        assert torch.equal(output_and_gradient(model), expected)
+
+
+def test_hook_can_be_removed_again(calls):
+    model = accelerated(unet())
+    output(model)
+    all_norms = len(calls)
+    handle = model.get_submodule(NORMS[0]).register_forward_hook(lambda m, a, y: None)
+    calls.clear()
+    output(model)
+    assert len(calls) == all_norms - 1
+    handle.remove()
+    calls.clear()
+    output(model)
+    assert len(calls) == all_norms
+
+
+def test_parametrization_of_an_output_norm_outlives_restore():
+    plain, model = unet(), accelerated(unet())
+    for m in (plain, model):
+        parametrize.register_parametrization(m.norm_out, "weight", Tripled())
+    imagen_fast.restore(model)
+    assert torch.equal(output(model), output(plain))
+    parametrize.remove_parametrizations(model.norm_out, "weight")
+    assert type(model.norm_out) is GroupNormSiLU
+
+
+def test_hooks_on_all_modules_see_all_norms():
+    model = accelerated(unet())
+    seen = []
+    with torch.nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(type(m))):
+        output(model)
+    assert seen.count(nn.GroupNorm) == sum(type(module) is nn.GroupNorm for module in model.modules())
+
+
+def test_hooks_on_a_block_fire_once():
+    model, fired = unet(), []
+    model.get_submodule(BLOCK).register_forward_hook(lambda m, a, y: fired.append("before"))
+    imagen_fast.accelerate(model)
+    model.get_submodule(BLOCK).register_forward_pre_hook(lambda m, a: fired.append("after"))
+    output(model)
+    assert fired == ["after", "before"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_wrapped_forward_of_a_block_follows_its_class(when, calls):
+    """As Hugging Face's accelerate wraps it: the bound method is kept on the instance and called."""
+    plain, model = unet(), unet()
+    _replace_forward(plain.get_submodule(BLOCK))
+    expected = output(plain)
+    if when == "after":
+        imagen_fast.accelerate(model)
+    _replace_forward(model.get_submodule(BLOCK))
+    imagen_fast.accelerate(model)
+    torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in model.modules())
+    imagen_fast.restore(model)
+    assert torch.equal(output(model), expected)
+
+
+def test_forward_that_is_put_back_on_the_instance_is_the_class_s(calls):
+    model = unet()
+    norm = model.get_submodule(NORMS[0])
+    norm.forward = norm.forward  # what removing such a wrapper leaves behind
+    output(accelerated(model))
+    assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in model.modules())
+
+
+class OwnBlock(ResnetBlock):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return -super().forward(x, embedding)
+
+
+def _own_class(model: UNet) -> None:
+    model.get_submodule(BLOCK).__class__ = OwnBlock
+
+
+def _own_forward(model: UNet) -> None:
+    block = model.get_submodule(BLOCK)
+    forward = block.forward
+    block.forward = lambda *args: -forward(*args)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param(_own_class, "subclass of ResnetBlock", id="subclass"),
+        pytest.param(_own_forward, "forward is replaced", id="forward"),
+    ],
+)
+def test_blocks_that_are_not_the_original_are_left(change, reason):
+    model = unet()
+    change(model)
+    before = output(model)
+    (left,) = imagen_fast.accelerate(model).left
+    assert left.name == BLOCK
+    assert reason in left.reason
+    assert not isinstance(model.get_submodule(BLOCK), _fused.Fused)
+    torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-4)
+    imagen_fast.restore(model)
+    with pytest.raises(AccelerationError, match=rf"{BLOCK}.*{reason}"):
+        imagen_fast.accelerate(model, strict=True)
+    assert not any(isinstance(module, _fused.Fused) for module in model.modules())
+
+
+def test_dropout_and_modes_stay():
+    plain = randomized(UNet(UNetConfig(16, (1, 2), 1, (1,), 8, text_dim=16, groups=4, dropout=0.5)))
+    model = accelerated(copy.deepcopy(plain))
+    for training in (True, False):
+        results = []
+        for m in (plain, model):
+            m.train(training)
+            torch.manual_seed(3)
+            results.append(output(m))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_model_on_meta_that_is_loaded_later():
+    with torch.device("meta"):
+        model = UNet(UNET)
+    imagen_fast.accelerate(model)
+    model.load_state_dict(unet().state_dict(), assign=True)
+    assert torch.equal(output(model), output(accelerated(unet())))
+
+
+# ---- Copies
+
+
+def _saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_are_accelerated_and_restored_on_their_own(copied):
+    model = unet()
+    eager = output(model)
+    imagen_fast.accelerate(model)
+    fast = output(model)
+    twin = copied(model)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(output(twin), fast)
+    imagen_fast.restore(twin)
+    assert torch.equal(output(twin), eager)
+    assert isinstance(model.get_submodule(BLOCK), reference.FusedResnetBlock)
+
+
+# ---- Modes of PyTorch
+
+
+def test_inference_mode():
+    model = accelerated(unet())
+    with torch.inference_mode():
+        inferred = model(**inputs(model))
+    assert torch.equal(inferred, output(model))
+
+
+def test_autocast():
+    model = unet()
+    truth = copy.deepcopy(model).double()(**inputs(model, torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = model(**inputs(model))
+        ours = accelerated(model)(**inputs(model))
+    testing.assert_model_as_accurate(ours, eager, truth)
+
+
+def _graph(model: nn.Module) -> tuple[Callable[..., Tensor], list[torch.fx.GraphModule]]:
+    """The model compiled without graph breaks, and what is compiled."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, fullgraph=True), graphs
+
+
+def _ops_in(graph: torch.fx.GraphModule) -> int:
+    return sum("group_norm_act" in str(node.target) for node in graph.graph.nodes)
+
+
+@pytest.mark.skipif(imagen_fast._native.unavailable_reason() is not None, reason="needs the cpu backend")
+def test_compile_without_graph_breaks_and_accelerate_afterwards():
+    model = unet()
+    compiled, graphs = _graph(model)
+    with torch.no_grad():
+        eager = compiled(**inputs(model))
+        report = imagen_fast.accelerate(model)
+        ours = compiled(**inputs(model))
+    assert [_ops_in(graph) for graph in graphs] == [0, sum(isinstance(m, nn.GroupNorm) for m in model.modules())]
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours, output(model))
+    assert not report.left
+
+
+@pytest.mark.skipif(imagen_fast._native.unavailable_reason() is not None, reason="needs the cpu backend")
+def test_export_keeps_the_op():
+    model = accelerated(unet().eval())
+    exported = torch.export.export(model, (), inputs(model))
+    assert _ops_in(exported.graph_module) == sum(isinstance(module, nn.GroupNorm) for module in model.modules())
+
+
+# ---- Report
+
+
+def test_report_of_a_cascade():
+    model = imagen()
+    report = imagen_fast.accelerate(model)
+    for entry in report.swapped:
+        module = model.get_submodule(entry.name)
+        assert entry.fused_name == f"{type(module).__module__}.{type(module).__qualname__}"
+        assert entry.class_name == f"{module.original.__module__}.{module.original.__qualname__}"
+        assert entry.ops == ("group_norm_act",)
+        assert entry.notes == ()
+    fused = {name for name, module in model.named_modules() if isinstance(module, _fused.Fused)}
+    assert {entry.name for entry in report.swapped} == fused
+    assert {name.split(".")[1] for name in fused} == {"base", "super"}
+    assert [(left.name, left.class_name) for left in report.left] == [
+        ("text_encoder", "imagen_fast.models.t5.encoder.T5Encoder")
+    ]
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert report.to_dict()["swapped"][0]["name"] == report.swapped[0].name
+    lines = str(report).splitlines()
+    assert lines[0] == f"Imagen: {len(fused)} modules on fused ops, 1 left as they were"
+    assert any(line.split()[:4] == ["unets.base.down.*.resnet", "ResnetBlock", "FusedResnetBlock", "group_norm_act"]
+               for line in lines)  # fmt: skip
+    assert any(line.startswith("text_encoder  T5Encoder  none of its modules has a fused form") for line in lines)
+
+
+def test_sampling_with_a_cascade():
+    model = imagen()
+    eager = model.sample(["a cat", ""], seed=1, progress=False)
+    imagen_fast.accelerate(model)
+    fast = model.sample(["a cat", ""], seed=1, progress=False)
+    for a, b in zip(eager, fast, strict=True):
+        difference = torch.tensor(list(a.tobytes())).sub(torch.tensor(list(b.tobytes()))).abs().max()
+        assert difference <= 1
+    imagen_fast.restore(model)
+    assert [p.tobytes() for p in model.sample(["a cat", ""], seed=1, progress=False)] == [p.tobytes() for p in eager]
+
+
+def test_report_says_which_children_are_called():
+    model = unet()
+    handle = model.get_submodule(NORMS[0]).register_forward_hook(lambda m, a, y: None)
+    notes = {entry.name: entry.notes for entry in imagen_fast.accelerate(model).swapped}
+    assert notes.pop(BLOCK) == ("norm1 (GroupNorm) is called as it is: it has hooks",)
+    assert not any(notes.values())
+    with pytest.raises(AccelerationError, match=f"{BLOCK}: norm1"):
+        imagen_fast.accelerate(model, strict=True)
+    handle.remove()
+    assert not any(entry.notes for entry in imagen_fast.accelerate(model, strict=True).swapped)
+
+
+def test_model_with_nothing_to_swap():
+    encoder = imagen().text_encoder
+    report = imagen_fast.accelerate(encoder)
+    assert report.swapped == ()
+    assert [left.reason for left in report.left] == ["none of its modules has a fused form"]
+    assert "nothing to swap" in str(report)
+    with pytest.raises(AccelerationError, match="fused form"):
+        imagen_fast.accelerate(encoder, strict=True)
+
+
+class OwnUNet(UNet):
+    pass
+
+
+def test_subclasses_of_served_models_are_served():
+    model = randomized(OwnUNet(UNET))
+    assert len(imagen_fast.accelerate(model).swapped) == len(imagen_fast.accelerate(unet()).swapped)
+    assert type(model) is OwnUNet
+
+
+@pytest.mark.parametrize(
+    ("obj", "message"),
+    [
+        pytest.param(nn.Linear(2, 2), r"got torch.nn.modules.linear.Linear.*Imagen, UNet, EfficientUNet", id="module"),
+        pytest.param(nn.ModuleList([UNet(UNET)]), "holds a UNet, which can be passed instead", id="container"),
+        pytest.param("model", "got builtins.str", id="string"),
+    ],
+)
+def test_objects_that_are_not_served(obj, message):
+    with pytest.raises(TypeError, match=message):
+        imagen_fast.accelerate(obj)
+
+
+def test_restore_takes_any_module_and_nothing_else():
+    model = accelerated(unet())
+    imagen_fast.restore(nn.Sequential(model))
+    assert type(model.get_submodule(BLOCK)) is ResnetBlock
+    with pytest.raises(TypeError, match="got builtins"):
+        imagen_fast.restore("model")
+
+
+# ---- verify
+
+
+def test_verify_measures_every_module():
+    model = imagen().train()
+    report = imagen_fast.accelerate(model, verify=True)
+    for entry in report.swapped:
+        assert 0 < entry.accuracy.ours <= entry.accuracy.allowed, entry.name
+        assert 0 < entry.accuracy.eager < 1e-5, entry.name
+    assert "largest error" in str(report)
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("build", "verify"),
+    [
+        pytest.param(unet, inputs(unet()), id="keywords"),
+        pytest.param(unet, tuple(inputs(unet()).values()), id="positions"),
+        pytest.param(imagen, "a cat", id="prompt"),
+        pytest.param(imagen, ["a cat", "一只猫"], id="prompts"),
+    ],
+)
+def test_verify_with_inputs(build, verify):
+    report = imagen_fast.accelerate(build(), verify=verify)
+    assert all(entry.accuracy is not None for entry in report.swapped)
+
+
+@pytest.mark.parametrize("value", [1.01, float("nan")], ids=["inaccurate", "nan"])
+def test_verify_restores_where_accuracy_falls_short(monkeypatch, value):
+    model = unet()
+    before = output(model)
+    op = ops.group_norm_act
+    monkeypatch.setattr(
+        ops, "group_norm_act", lambda x, *args, **kwargs: op(x, *args, **kwargs) * (value if x.shape[1] == 16 else 1)
+    )
+    with pytest.raises(AccelerationError, match=rf"of UNet are less accurate(.|\n)*{BLOCK}: .*error|{BLOCK}: .*nan"):
+        imagen_fast.accelerate(model, verify=True)
+    assert torch.equal(output(model), before)
+    assert not any(isinstance(module, _fused.Fused) for module in model.modules())
+
+
+def test_verify_with_wrong_inputs_changes_nothing():
+    model = unet()
+    with pytest.raises(TypeError, match="verify must be True, a tuple"):
+        imagen_fast.accelerate(model, verify=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\)"):
+        imagen_fast.accelerate(model, verify=(torch.zeros(1, 4, 8, 8), torch.zeros(1)))
+    assert not any(isinstance(module, _fused.Fused) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_verify_names_what_its_inputs_do_not_reach():
+    class Shortened(UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm_out(x)
+
+    report = imagen_fast.accelerate(randomized(Shortened(UNET)), verify=(torch.randn(2, 16, 4, 4),))
+    notes = {entry.name: entry.notes for entry in report.swapped}
+    assert notes.pop("norm_out") == ()
+    assert set(notes.values()) == {("verify did not reach it",)}
+
+
+def test_verify_needs_weights():
+    with torch.device("meta"):
+        model = UNet(UNET)
+    with pytest.raises(ValueError, match="meta device"):
+        imagen_fast.accelerate(model, verify=True)
+    assert type(model.get_submodule(BLOCK)) is ResnetBlock
+
+
+# ---- Import
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["from imagen_fast.accelerate import Report", "from imagen_fast import accelerate, restore"],
+)
+def test_import_is_light_and_binds_the_function(first):
+    code = f"""
+import sys
+{first}
+import imagen_fast
+for _ in range(2):
+    assert type(imagen_fast.accelerate).__name__ == "function", imagen_fast.accelerate
+    import imagen_fast.accelerate
+from imagen_fast.accelerate import Report
+assert imagen_fast.Report is Report
+heavy = {{"transformers", "diffusers", "imagen_fast.models", "torch._dynamo.convert_frame"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
