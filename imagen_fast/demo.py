@@ -60,6 +60,7 @@ def run(
         progress: show a progress bar on stderr.
     """
     out = check_picture_path(out)
+    load = os.getloadavg()[0]
     import imagen_fast
 
     eager = imagen_fast.models.Imagen.from_pretrained(model)
@@ -70,6 +71,8 @@ def run(
     save_picture(draw(comparisons), out)
     print(f"\n{table(comparisons)}\n")
     print(f"Seconds for one prompt at a time, with {_threads()} threads, from seed {seed}; a warm-up is not counted.")
+    if load > (os.cpu_count() or 1):
+        print(f"Other work was running when this began (load {load:.1f}): the seconds say little.")
     print("Differences between the two pictures are in levels of 0 to 255.")
     print(f"Pictures: {out}")
     return comparisons

@@ -339,6 +339,13 @@ def test_demo_draws_each_prompt_both_ways_from_one_seed(imagen, tmp_path, capsys
     assert Image.open(out).width > 4 * demo.PICTURE_SIZE
 
 
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "quiet"])
+def test_demo_says_when_other_work_was_running(imagen, tmp_path, capsys, monkeypatch, busy):
+    monkeypatch.setattr("os.getloadavg", lambda: (1000.0 if busy else 0.0, 0.0, 0.0))
+    demo.run(tmp_path / "demo.png", progress=False)
+    assert ("Other work was running" in capsys.readouterr().out) == busy
+
+
 def test_demo_takes_turns_which_goes_first(imagen):
     order = []
 
