@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +93,25 @@ def locate(files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], dir
     return stored
 
 
+def refuse_unexpected(names: Iterable[str], expected: Container[str], directory: Path) -> None:
+    """Raise `CheckpointError` for the first tensor for which the model has no place."""
+    unexpected = sorted(name for name in names if name not in expected)
+    if unexpected:
+        raise CheckpointError(f"{directory} holds a tensor {unexpected[0]!r} for which its config.json has no place")
+
+
+def refuse_to_replace_others(directory: Path, written: Sequence[str], what: str) -> None:
+    """Raise `OutputError` if `directory` holds a file that matches none of the patterns: replacing it would lose that.
+
+    Args:
+        directory: may be missing.
+        written: patterns of the files that belong to `what`.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if not any(path.match(pattern) for pattern in written):
+            raise OutputError(f"cannot write {directory}: it holds {path.name}, which is no part of {what}")
+
+
 def read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """The tensors one by one, each file opened once. They are views of a file mapped into memory: copy what is kept."""
     for file, names in groupby(sorted(stored, key=lambda name: str(stored[name].file)), key=lambda n: stored[n].file):
@@ -109,10 +128,9 @@ def check_module(module: torch.nn.Module, directory: Path, stem: str) -> dict[st
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     files = stored_files(directory, stem)
-    unexpected = sorted(set(files) - set(shapes))
-    if unexpected:
-        raise CheckpointError(f"{directory} holds a tensor {unexpected[0]!r} for which its config.json has no place")
-    return locate(files, shapes, directory)
+    stored = locate(files, shapes, directory)
+    refuse_unexpected(files, shapes, directory)
+    return stored
 
 
 def load_module(module: torch.nn.Module, directory: Path, stem: str, dtype: torch.dtype | None = None) -> None:

@@ -1,9 +1,10 @@
 """The Efficient U-Net of Imagen's super-resolution models (arXiv 2205.11487, section 2.4 and appendix B, F.2).
 
 Against the base U-Net: more residual blocks at low resolution and fewer at high, downsampling before and upsampling
-after the convolutions of a level, skip connections scaled by 1/√2, no attention but at the lowest level. The model
-sees the noisy picture beside the upsampled low-resolution one, and how much noise was added to that (noise-conditioning
-augmentation).
+after the convolutions of a level, skip connections scaled by 1/√2, no attention but at the lowest level. A residual
+block at full resolution joins the first convolution to the last, as in imagen-pytorch: the paper draws none, but noise
+of the full resolution cannot be predicted from half of it. The model sees the noisy picture beside the upsampled
+low-resolution one, and how much noise was added to that (noise-conditioning augmentation).
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class EfficientUNet(nn.Module):
             # The way up adds the skip of the same level, then returns to the width of the level above.
             self.up.insert(0, UpBlock(level_width, width, level, config, embedding))
             width = level_width
-        self.norm_out = GroupNormSiLU(norm_groups(config.groups, config.channels), config.channels)
+        # The levels start at half resolution. Noise of full resolution reaches the output through the skip of conv_in.
+        groups = norm_groups(config.groups, config.channels)
+        self.resnet_out = ResnetBlock(2 * config.channels, config.channels, embedding, groups=groups)
+        self.norm_out = GroupNormSiLU(groups, config.channels)
         self.conv_out = nn.Conv2d(config.channels, config.out_channels, 3, padding=1)
 
     def forward(
@@ -95,13 +99,14 @@ class EfficientUNet(nn.Module):
         """
         embedding, condition = embed_inputs(self, x, timestep, text, text_mask)
         embedding = embedding + self.augmentation(augmentation)
-        h = self.conv_in(x)
+        h = stem = self.conv_in(x)
         skips = []
         for block in self.down:
             h = block(h, embedding, condition)
             skips.append(h)
         for block in self.up:
             h = block(h, skips.pop(), embedding, condition)
+        h = self.resnet_out(torch.cat((h, stem), dim=1), embedding)
         return self.conv_out(self.norm_out(h))
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..config import from_dict, read_json, to_dict
 from ..diffusion.sampling import Model, Noise, sample_loop
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError
 from ..files import atomic_directory
 from . import checkpoint
 from .cascade_config import ImagenConfig, StageConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1  # of the directory that save_pretrained writes
+WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "text_encoder", "README.md")
 
 
 class Imagen(nn.Module):
@@ -103,8 +104,7 @@ class Imagen(nn.Module):
             OutputError: it cannot be written, or holds something else.
         """
         directory = Path(directory)
-        if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
-            raise OutputError(f"cannot write {directory}: it holds something else than a cascade")
+        checkpoint.refuse_to_replace_others(directory, WRITTEN, "a cascade")
         with atomic_directory(directory) as folder:
             checkpoint.write_json(folder / "config.json", {"format": FORMAT, **to_dict(self.config)})
             for name, unet in self.unets.items():

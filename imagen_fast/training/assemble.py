@@ -42,7 +42,8 @@ def assemble(base: str | os.PathLike[str], *super_resolution: str | os.PathLike[
         if larger.stage != "super_resolution" or larger.efficient_unet is None:
             raise UserError(f"{directory} is not a run of stage 'super_resolution'")
         if larger.low_resolution != stages[-1].size:
-            raise UserError(f"{directory} starts from {larger.low_resolution}², the stage before gives {stages[-1].size}²")
+            before, needed = stages[-1].size, larger.low_resolution
+            raise UserError(f"{directory} starts from {needed}², but the stage before gives {before}²")
         efficient = EfficientUNet(larger.efficient_unet)
         _load_average(torch.nn.ModuleDict({"unet": efficient}), path)
         stages.append(_stage(f"super_{larger.size}", larger, SUPER_RESOLUTION_SAMPLING))

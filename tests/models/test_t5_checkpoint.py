@@ -282,7 +282,7 @@ def test_nothing_is_loaded_before_all_is_checked(directory, monkeypatch):
     from safetensors import safe_open
 
     edit_tensors(directory, shared__weight=torch.zeros(3, 32))
-    monkeypatch.setattr("imagen_fast.models.t5.checkpoint.safe_open", HeadersOnly)
+    monkeypatch.setattr("imagen_fast.models.checkpoint.safe_open", HeadersOnly)
     HeadersOnly.backend = safe_open
     with pytest.raises(CheckpointError, match=r"'shared.weight' has shape \(3, 32\)"):
         T5Encoder.from_pretrained(directory)
