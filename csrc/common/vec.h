@@ -20,6 +20,7 @@ struct Vec;
 template <typename V>
 struct Twice {
   using Scalar = typename V::Scalar;
+  static constexpr int kVectors = 2 * V::kVectors;
   static constexpr int kWidth = 2 * V::kWidth;
 
   struct Mask {
@@ -29,7 +30,9 @@ struct Twice {
   V first, second;
 
   Twice() = default;
-  IMAGEN_FAST_INLINE Twice(Scalar value) : first(value), second(value) {}
+  // From a number, or from a single Vec
+  template <typename U>
+  IMAGEN_FAST_INLINE Twice(U value) : first(value), second(value) {}
   IMAGEN_FAST_INLINE Twice(V first, V second) : first(first), second(second) {}
 
   template <typename T>
@@ -40,6 +43,27 @@ struct Twice {
   IMAGEN_FAST_INLINE void store(T* to) const {
     first.store(to);
     second.store(to + V::kWidth);
+  }
+
+  // A vector from each of several rows
+  template <typename T>
+  static IMAGEN_FAST_INLINE Twice load_rows(const T* from, int64_t stride) {
+    return {V::load_rows(from, stride), V::load_rows(from + V::kVectors * stride, stride)};
+  }
+  template <typename T>
+  static IMAGEN_FAST_INLINE Twice load_first_of_rows(const T* from, int64_t stride, int count) {
+    return {V::load_first_of_rows(from, stride, count),
+            V::load_first_of_rows(from + V::kVectors * stride, stride, count)};
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_rows(T* to, int64_t stride) const {
+    first.store_rows(to, stride);
+    second.store_rows(to + V::kVectors * stride, stride);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_first_of_rows(T* to, int64_t stride, int count) const {
+    first.store_first_of_rows(to, stride, count);
+    second.store_first_of_rows(to + V::kVectors * stride, stride, count);
   }
 
   friend IMAGEN_FAST_INLINE Twice operator+(Twice a, Twice b) { return {a.first + b.first, a.second + b.second}; }
@@ -70,6 +94,7 @@ struct Twice {
     return {scale_exponent(a.first, n.first), scale_exponent(a.second, n.second)};
   }
   friend IMAGEN_FAST_INLINE Scalar sum(Twice a) { return sum(a.first + a.second); }
+  friend IMAGEN_FAST_INLINE auto sum_of_vectors(Twice a) { return sum_of_vectors(a.first + a.second); }
 
   template <typename Function>
   friend IMAGEN_FAST_INLINE Twice map(Twice a, Function function) {
@@ -140,6 +165,74 @@ IMAGEN_FAST_INLINE void store(Wide<S> value, T* to, WholeWide<S>) {
 template <typename S, typename T>
 IMAGEN_FAST_INLINE void store(Vec<S> value, T* to, FirstLanes<S> lanes) {
   value.store_first(to, lanes.count);
+}
+
+// The same for one vector of columns in several successive rows, a Vec of a Wide from each. Where a body takes both:
+// load_column gives what all rows share, add_to_column sums over the rows.
+template <typename S>
+struct Rows {
+  using V = Wide<S>;
+  static constexpr int kCount = Wide<S>::kVectors;
+  int64_t stride;
+};
+template <typename S>
+struct FirstLanesOfRows {
+  using V = Wide<S>;
+  int64_t stride;
+  int count;
+};
+
+// Calls body(offset, column, lanes) for all of n elements in rows of `width`, of which the last may be short.
+template <typename S, typename Body>
+IMAGEN_FAST_INLINE void for_each_column_vector(int64_t n, int64_t width, Body&& body) {
+  int64_t i = 0;
+  for (; i + Rows<S>::kCount * width <= n; i += Rows<S>::kCount * width) {
+    int64_t c = 0;
+    for (; c + Vec<S>::kWidth <= width; c += Vec<S>::kWidth) body(i + c, c, Rows<S>{width});
+    if (c < width) body(i + c, c, FirstLanesOfRows<S>{width, static_cast<int>(width - c)});
+  }
+  for (; i < n; i += width) {
+    const int64_t end = n - i < width ? n - i : width;
+    for (int64_t c = 0; c < end; c += Vec<S>::kWidth) {
+      body(i + c, c, FirstLanes<S>{static_cast<int>(end - c < Vec<S>::kWidth ? end - c : Vec<S>::kWidth)});
+    }
+  }
+}
+
+template <typename S, typename T>
+IMAGEN_FAST_INLINE Wide<S> load(const T* from, Rows<S> rows) {
+  return Wide<S>::load_rows(from, rows.stride);
+}
+template <typename S, typename T>
+IMAGEN_FAST_INLINE Wide<S> load(const T* from, FirstLanesOfRows<S> rows) {
+  return Wide<S>::load_first_of_rows(from, rows.stride, rows.count);
+}
+
+template <typename S, typename T>
+IMAGEN_FAST_INLINE void store(Wide<S> value, T* to, Rows<S> rows) {
+  value.store_rows(to, rows.stride);
+}
+template <typename S, typename T>
+IMAGEN_FAST_INLINE void store(Wide<S> value, T* to, FirstLanesOfRows<S> rows) {
+  value.store_first_of_rows(to, rows.stride, rows.count);
+}
+
+template <typename S>
+IMAGEN_FAST_INLINE Vec<S> load_column(const S* from, Rows<S>) {
+  return Vec<S>::load(from);
+}
+template <typename S, typename Lanes>
+IMAGEN_FAST_INLINE Vec<S> load_column(const S* from, Lanes lanes) {
+  return Vec<S>::load_first(from, lanes.count);
+}
+
+template <typename S>
+IMAGEN_FAST_INLINE void add_to_column(Wide<S> value, S* to, Rows<S>) {
+  (Vec<S>::load(to) + sum_of_vectors(value)).store(to);
+}
+template <typename S, typename V, typename Lanes>
+IMAGEN_FAST_INLINE void add_to_column(V value, S* to, Lanes lanes) {
+  (Vec<S>::load_first(to, lanes.count) + sum_of_vectors(value)).store_first(to, lanes.count);
 }
 
 // A sum over a row, of terms that come as Wide and, at its end, as Vec

@@ -45,6 +45,7 @@ template <>
 struct Vec<float> {
   using Scalar = float;
   using Mask = __m256;
+  static constexpr int kVectors = 1;
   static constexpr int kWidth = 8;
 
   __m256 raw;
@@ -78,6 +79,25 @@ struct Vec<float> {
     store_first_8x16(to, float_to_bf16(raw), count);
   }
   IMAGEN_FAST_INLINE void store_first(Half* to, int count) const { store_first_8x16(to, float_to_half(raw), count); }
+
+  // The ends of the recursion in Twice
+  template <typename T>
+  static IMAGEN_FAST_INLINE Vec load_rows(const T* from, int64_t) {
+    return load(from);
+  }
+  template <typename T>
+  static IMAGEN_FAST_INLINE Vec load_first_of_rows(const T* from, int64_t, int count) {
+    return load_first(from, count);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_rows(T* to, int64_t) const {
+    store(to);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_first_of_rows(T* to, int64_t, int count) const {
+    store_first(to, count);
+  }
+  friend IMAGEN_FAST_INLINE Vec sum_of_vectors(Vec a) { return a; }
 
   friend IMAGEN_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(_mm256_add_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.raw, b.raw)); }

@@ -32,6 +32,7 @@ template <>
 struct Vec<float> {
   using Scalar = float;
   using Mask = __mmask16;
+  static constexpr int kVectors = 1;
   static constexpr int kWidth = 16;
 
   __m512 raw;
@@ -75,6 +76,25 @@ struct Vec<float> {
   IMAGEN_FAST_INLINE void store_first(Half* to, int count) const {
     _mm256_mask_storeu_epi16(to, first_mask(count), float_to_half(raw));
   }
+
+  // The ends of the recursion in Twice
+  template <typename T>
+  static IMAGEN_FAST_INLINE Vec load_rows(const T* from, int64_t) {
+    return load(from);
+  }
+  template <typename T>
+  static IMAGEN_FAST_INLINE Vec load_first_of_rows(const T* from, int64_t, int count) {
+    return load_first(from, count);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_rows(T* to, int64_t) const {
+    store(to);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_first_of_rows(T* to, int64_t, int count) const {
+    store_first(to, count);
+  }
+  friend IMAGEN_FAST_INLINE Vec sum_of_vectors(Vec a) { return a; }
 
   friend IMAGEN_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.raw, b.raw)); }

@@ -28,6 +28,7 @@ struct Vec {
   using Scalar = S;
   using Raw = typename RawVector<S>::type;
   using Mask = decltype(Raw{} < Raw{});
+  static constexpr int kVectors = 1;
   static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(S));
 
   Raw raw;
@@ -57,6 +58,25 @@ struct Vec {
   IMAGEN_FAST_INLINE void store_first(T* to, int count) const {
     for (int i = 0; i < count; ++i) narrow(raw[i], to + i);
   }
+
+  // The ends of the recursion in Twice
+  template <typename T>
+  static IMAGEN_FAST_INLINE Vec load_rows(const T* from, int64_t) {
+    return load(from);
+  }
+  template <typename T>
+  static IMAGEN_FAST_INLINE Vec load_first_of_rows(const T* from, int64_t, int count) {
+    return load_first(from, count);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_rows(T* to, int64_t) const {
+    store(to);
+  }
+  template <typename T>
+  IMAGEN_FAST_INLINE void store_first_of_rows(T* to, int64_t, int count) const {
+    store_first(to, count);
+  }
+  friend IMAGEN_FAST_INLINE Vec sum_of_vectors(Vec a) { return a; }
 
   friend IMAGEN_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.raw + b.raw); }
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.raw - b.raw); }

@@ -47,10 +47,10 @@ inline bool should_split_slabs(int64_t slabs, int64_t slab_size) {
 }
 
 // Channels-last memory is a sequence of positions of `channels` values each. It is worked on in rows of `width` columns:
-// one position, or several where the channels alone would not fill the vectors.
+// one position, or several where the channels alone would leave most of a vector empty.
 struct Columns {
   explicit Columns(int64_t channels)
-      : channels(channels), positions(channels < 64 ? ceil_div(64, channels) : 1), width(channels * positions) {}
+      : channels(channels), positions(channels < kFewChannels ? ceil_div(kFewChannels, channels) : 1), width(channels * positions) {}
 
   // array[c], c < channels, again for each further position of a row
   template <typename S>
@@ -63,6 +63,8 @@ struct Columns {
   void fold(S* array) const {
     for (int64_t i = channels; i < width; ++i) array[i % channels] += array[i];
   }
+
+  static constexpr int64_t kFewChannels = 32;
 
   const int64_t channels;
   const int64_t positions;

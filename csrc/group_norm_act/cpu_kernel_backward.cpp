@@ -198,29 +198,27 @@ template <typename T, typename Act, typename S>
 void sum_columns(const T* dy, const T* x, int64_t n, int64_t width, const ColumnTerms<S>& column, S* sum_dt,
                  S* sum_dt_d) {
   for (int64_t c = 0; c < width; ++c) sum_dt[c] = sum_dt_d[c] = 0;
-  for (int64_t i = 0; i < n; i += width) {
-    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const auto d = load(x + i + c, lanes) - load(column.mean + c, lanes);
-      const auto t = fma(d, load(column.multiplier + c, lanes), load(column.offset + c, lanes));
-      const auto dt = load(dy + i + c, lanes) * Act::template slope<T>(t);
-      store(load(sum_dt + c, lanes) + dt, sum_dt + c, lanes);
-      store(fma(dt, d, load(sum_dt_d + c, lanes)), sum_dt_d + c, lanes);
-    });
-  }
+  for_each_column_vector<S>(n, width, [&](int64_t i, int64_t c, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V d = load(x + i, lanes) - load_column(column.mean + c, lanes);
+    const V t = fma(d, V(load_column(column.multiplier + c, lanes)), V(load_column(column.offset + c, lanes)));
+    const V dt = load(dy + i, lanes) * Act::template slope<T>(t);
+    add_to_column(dt, sum_dt + c, lanes);
+    add_to_column(dt * d, sum_dt_d + c, lanes);
+  });
 }
 
 template <typename T, typename Act, typename S>
 void apply_columns(const T* dy, const T* x, T* dx, int64_t n, int64_t width, const ColumnTerms<S>& column) {
-  for (int64_t i = 0; i < n; i += width) {
-    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const auto d = load(x + i + c, lanes) - load(column.mean + c, lanes);
-      const auto multiplier = load(column.multiplier + c, lanes);
-      const auto t = fma(d, multiplier, load(column.offset + c, lanes));
-      const auto dt = load(dy + i + c, lanes) * Act::template slope<T>(t);
-      const auto rest = fma(d, load(column.slope + c, lanes), load(column.constant + c, lanes));
-      store(fms(dt, multiplier, rest), dx + i + c, lanes);
-    });
-  }
+  for_each_column_vector<S>(n, width, [&](int64_t i, int64_t c, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V d = load(x + i, lanes) - load_column(column.mean + c, lanes);
+    const V multiplier = load_column(column.multiplier + c, lanes);
+    const V t = fma(d, multiplier, V(load_column(column.offset + c, lanes)));
+    const V dt = load(dy + i, lanes) * Act::template slope<T>(t);
+    const V rest = fma(d, V(load_column(column.slope + c, lanes)), V(load_column(column.constant + c, lanes)));
+    store(fms(dt, multiplier, rest), dx + i, lanes);
+  });
 }
 
 template <typename T, typename Act>

@@ -114,13 +114,12 @@ class ChannelsFirst {
 // y = act((x - mean[c]) * multiplier[c] + offset[c]) over n elements in rows of `width`
 template <typename T, typename Act, typename S>
 void apply_columns(const T* x, T* y, int64_t n, int64_t width, const S* mean, const S* multiplier, const S* offset) {
-  for (int64_t i = 0; i < n; i += width) {
-    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const auto d = load(x + i + c, lanes) - load(mean + c, lanes);
-      const auto t = fma(d, load(multiplier + c, lanes), load(offset + c, lanes));
-      store(Act::template value<T>(t), y + i + c, lanes);
-    });
-  }
+  for_each_column_vector<S>(n, width, [&](int64_t i, int64_t c, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V d = load(x + i, lanes) - load_column(mean + c, lanes);
+    const V t = fma(d, V(load_column(multiplier + c, lanes)), V(load_column(offset + c, lanes)));
+    store(Act::template value<T>(t), y + i, lanes);
+  });
 }
 
 template <typename T, typename Act>

@@ -78,47 +78,19 @@ inline Statistics<S> combine(const Moments* moments, int64_t stride, int64_t chu
 template <typename T, typename S>
 inline void column_sums(const T* x, int64_t n, int64_t width, S* sums) {
   for (int64_t c = 0; c < width; ++c) sums[c] = 0;
-  int64_t i = 0;
-  for (; i + 4 * width <= n; i += 4 * width) {
-    for_each_vector<S>(width, [&](int64_t c, auto lanes) {
-      const T* row = x + i + c;
-      const auto pair = load(row, lanes) + load(row + width, lanes);
-      const auto other = load(row + 2 * width, lanes) + load(row + 3 * width, lanes);
-      store(load(sums + c, lanes) + (pair + other), sums + c, lanes);
-    });
-  }
-  for (; i < n; i += width) {
-    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      store(load(sums + c, lanes) + load(x + i + c, lanes), sums + c, lanes);
-    });
-  }
+  for_each_column_vector<S>(
+      n, width, [&](int64_t i, int64_t c, auto lanes) { add_to_column(load(x + i, lanes), sums + c, lanes); });
 }
 
 // The same for d and d^2, d = x - pivot[c]
 template <typename T, typename S>
 inline void column_sums_around(const T* x, int64_t n, int64_t width, const S* pivot, S* sum_d, S* sum_d2) {
   for (int64_t c = 0; c < width; ++c) sum_d[c] = sum_d2[c] = 0;
-  int64_t i = 0;
-  for (; i + 4 * width <= n; i += 4 * width) {
-    for_each_vector<S>(width, [&](int64_t c, auto lanes) {
-      const T* row = x + i + c;
-      const auto center = load(pivot + c, lanes);
-      const auto d0 = load(row, lanes) - center;
-      const auto d1 = load(row + width, lanes) - center;
-      const auto d2 = load(row + 2 * width, lanes) - center;
-      const auto d3 = load(row + 3 * width, lanes) - center;
-      store(load(sum_d + c, lanes) + ((d0 + d1) + (d2 + d3)), sum_d + c, lanes);
-      const auto squares = fma(d0, d0, d1 * d1) + fma(d2, d2, d3 * d3);
-      store(load(sum_d2 + c, lanes) + squares, sum_d2 + c, lanes);
-    });
-  }
-  for (; i < n; i += width) {
-    for_each_vector<S>(n - i < width ? n - i : width, [&](int64_t c, auto lanes) {
-      const auto d = load(x + i + c, lanes) - load(pivot + c, lanes);
-      store(load(sum_d + c, lanes) + d, sum_d + c, lanes);
-      store(fma(d, d, load(sum_d2 + c, lanes)), sum_d2 + c, lanes);
-    });
-  }
+  for_each_column_vector<S>(n, width, [&](int64_t i, int64_t c, auto lanes) {
+    const auto d = load(x + i, lanes) - load_column(pivot + c, lanes);
+    add_to_column(d, sum_d + c, lanes);
+    add_to_column(d * d, sum_d2 + c, lanes);
+  });
 }
 
 // The moments of every group over n elements of channels-last memory; scratch holds 3 * columns.width values.
