@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .provenance import last_level_cache
 from .registry import dtype_name
 from .timing import Contender, Settings, interleave
 
+_COLD_FACTOR = 4  # a copy of this many last-level caches runs at the speed of main memory
 _MATMUL_SIZES = (256, 512, 1024, 2048)
 _MATMUL_SECONDS = 0.2  # the next size is tried only while a product stays below this
 
@@ -44,12 +46,16 @@ class Limits:
     copy: tuple[CopyRate, ...] = ()
     matmul: tuple[MatmulRate, ...] = ()
 
-    def floor(self, moved: int, flops: int, dtype: torch.dtype) -> float:
-        """The least seconds in which `moved` bytes and `flops` operations can be done, by what was measured."""
+    def floor(self, moved: int, flops: int, dtype: torch.dtype, cold: bool = False) -> float:
+        """The least seconds in which `moved` bytes and `flops` operations can be done, by what was measured.
+
+        With `cold` the bytes come from main memory, whatever their number.
+        """
+        working_set = max(moved, _COLD_FACTOR * last_level_cache()) if cold else moved
         rate = self.matmul_rate(dtype)
         if dtype != torch.float64:
             rate = max(rate, self.matmul_rate(torch.float32))
-        return max(moved / self.copy_rate(moved), flops / rate)
+        return max(moved / self.copy_rate(working_set), flops / rate)
 
     def copy_rate(self, moved: int) -> float:
         """Bytes per second for a working set of `moved` bytes."""
@@ -99,7 +105,7 @@ def matmul_rate(dtype: torch.dtype, seconds: float = 0.3) -> float:
 def _fastest(functions: dict[str, Callable[[], object]], seconds: float) -> float:
     """The lowest 20 % quantile of seconds per call: a limit is what is possible when nothing else disturbs."""
     contenders = [
-        Contender(name, call=lambda _, function=function: function(), states=lambda i: None)  # type: ignore[misc]
+        Contender(name, call=lambda _, function=function: function(), state=lambda: None)  # type: ignore[misc]
         for name, function in functions.items()
     ]
     timings = interleave(contenders, Settings(seconds=seconds / len(functions), min_rounds=5))

@@ -25,7 +25,7 @@ from .registry import Case
 from .timing import Settings, Timing
 
 
-def run(case: Case, peer: str, settings: Settings, sets: int, directory: Path, timeout: float = 600.0) -> PeerResult:
+def run(case: Case, peer: str, settings: Settings, directory: Path, timeout: float = 600.0) -> PeerResult:
     """Time one peer of a case in a new process.
 
     Raises:
@@ -39,7 +39,6 @@ def run(case: Case, peer: str, settings: Settings, sets: int, directory: Path, t
             "case": case.name,
             "peer": peer,
             "settings": dataclasses.asdict(settings),
-            "sets": sets,
             "threads": torch.get_num_threads(),
             "answer": str(answer),
         }
@@ -72,7 +71,7 @@ def _main() -> None:
     directory = Path(request["directory"])
     case = next(case for case in registry.load(request["op"], directory) if case.name == request["case"])
     try:
-        found = time_alone(case, case.peer(request["peer"]), Settings(**request["settings"]), request["sets"])
+        found = time_alone(case, case.peer(request["peer"]), Settings(**request["settings"]))
         answer: dict[str, Any] = dataclasses.asdict(found)
     except Exception as error:  # whatever a foreign library raises is this peer's failure
         answer = {"failure": f"{type(error).__name__}: {error}"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,15 +15,11 @@ from ..backends import NAMES, BackendError, use_backend
 from . import check, isolated
 from .floor import Limits
 from .peers import PeerError, PeerResult, prepare
-from .provenance import last_level_cache
-from .registry import CASES_DIRECTORY, Case, dtype_name, nbytes
+from .registry import CASES_DIRECTORY, Case, dtype_name
 from .results import Failure, Row
-from .timing import Contender, Settings, Timing, contender, input_sets, interleave
+from .timing import Settings, Timing, contender, interleave
 
 Context = Callable[[], AbstractContextManager[Any]]
-
-_COLD_FACTOR = 4  # cold inputs exceed the last-level cache this many times
-_UNKNOWN_CACHE = 64 << 20
 
 
 def measure(
@@ -62,9 +57,7 @@ def measure(
     if not accuracies:
         return [], failures
 
-    sets = _set_count(values, settings)
-    inputs = input_sets(case, sets)
-    contenders = [contender(f"ours {name}", case, case.ours, inputs, backends[name]) for name in accuracies]
+    contenders = [contender(f"ours {name}", case, case.ours, values, backends[name]) for name in accuracies]
     chosen = [peer for peer in case.peers if peer.name in peers]
     prepared = {}
     for peer in chosen:
@@ -75,14 +68,14 @@ def measure(
                 failures.append(Failure(case.name, peer.name, str(error)))
                 continue
             variants, _ = prepared[peer.name]
-            contenders += [contender(f"{peer.name} {v}", case, p.function, inputs) for v, p in variants.items()]
+            contenders += [contender(f"{peer.name} {v}", case, p.function, values) for v, p in variants.items()]
 
-    timings = _interleave(contenders, settings, sets)
+    timings = interleave(contenders, settings)
     found: dict[str, PeerResult] = {}
     for peer in chosen:
         if peer.isolated:
             try:
-                found[peer.name] = isolated.run(case, peer.name, settings, sets, directory)
+                found[peer.name] = isolated.run(case, peer.name, settings, directory)
             except PeerError as error:
                 failures.append(Failure(case.name, peer.name, str(error)))
         elif peer.name in prepared:
@@ -90,7 +83,7 @@ def measure(
             best = min(variants, key=lambda v, name=peer.name: timings[f"{name} {v}"].median)  # type: ignore[misc]
             found[peer.name] = PeerResult(best, timings[f"{peer.name} {best}"], variants[best].errors, seconds)
 
-    floor = limits.floor(case.bytes, case.flops, case.dtype)
+    floor = limits.floor(case.bytes, case.flops, case.dtype, settings.cold)
     rows = [
         _row(case, backend, timings[f"ours {backend}"], accuracy, peer.name, found[peer.name], floor, not peer.isolated)
         for backend, accuracy in accuracies.items()
@@ -116,16 +109,6 @@ def usable_backends(case: Case, values: dict[str, Any]) -> tuple[dict[str, Conte
         else:
             able[name] = context
     return able, "; ".join(reasons)
-
-
-def _set_count(values: dict[str, Any], settings: Settings) -> int:
-    if not settings.cold:
-        return 1
-    return max(2, math.ceil(_COLD_FACTOR * (last_level_cache() or _UNKNOWN_CACHE) / nbytes(values)))
-
-
-def _interleave(contenders: list[Contender], settings: Settings, sets: int) -> dict[str, Timing]:
-    return interleave(contenders, settings, batch=sets if settings.cold else None)
 
 
 def _row(

@@ -12,7 +12,7 @@ import torch
 
 from . import check
 from .registry import Case, Function, Peer
-from .timing import Settings, Timing, contender, input_sets, interleave
+from .timing import Settings, Timing, contender, interleave
 
 
 class PeerError(RuntimeError):
@@ -60,12 +60,11 @@ def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) 
     return prepared, seconds
 
 
-def time_alone(case: Case, peer: Peer, settings: Settings, sets: int) -> PeerResult:
+def time_alone(case: Case, peer: Peer, settings: Settings) -> PeerResult:
     """Prepare a peer and time its variants against each other alone, without ours."""
     values = case.make_inputs(0)
     prepared, seconds = prepare(case, peer, values, check.truth(case, values))
-    inputs = input_sets(case, sets)
-    timings = interleave([contender(label, case, p.function, inputs) for label, p in prepared.items()], settings)
+    timings = interleave([contender(label, case, p.function, values) for label, p in prepared.items()], settings)
     best = min(timings, key=lambda label: timings[label].median)
     return PeerResult(best, timings[best], prepared[best].errors, seconds)
 

@@ -103,11 +103,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
 
 
-def nbytes(values: Mapping[str, Any]) -> int:
-    """Bytes of all tensors among `values`."""
-    return sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))
-
-
 def random_normal(
     generator: torch.Generator, shape: Iterable[int], dtype: torch.dtype, *, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:

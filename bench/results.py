@@ -88,7 +88,7 @@ class Result:
     @property
     def name(self) -> str:
         """The file's name without its suffix."""
-        return f"{self.op}-{self.provenance.slug}"
+        return f"{self.op}-{self.provenance.slug}{'-cold' if self.settings.cold else ''}"
 
     def write(self, directory: Path) -> Path:
         """Write `<op>-<machine>.json`, whole or not at all."""

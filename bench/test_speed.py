@@ -34,14 +34,14 @@ def test_speed(case: Case, side: str, benchmark: Any) -> None:
             pytest.skip(reasons)
         name, context = next(iter(backends.items()))
         check.accuracy(check.results(case, case.ours, values, context), check.truth(case, values))
-        timed = contender(name, case, case.ours, [values], context)
+        timed = contender(name, case, case.ours, values, context)
     else:
         peer = case.peer(side)
         if peer.isolated:
             pytest.skip(f"{side} needs a process of its own")
         peer.load()
-        timed = contender(side, case, next(iter(peer.variants.values()))(case), [values])
+        timed = contender(side, case, next(iter(peer.variants.values()))(case), values)
 
     benchmark.group = f"{case.op}-{case.name}"
     with timed.context():
-        benchmark.pedantic(timed.call, setup=lambda: ((timed.states(0),), {}), rounds=50, warmup_rounds=5, iterations=1)
+        benchmark.pedantic(timed.call, setup=lambda: ((timed.state(),), {}), rounds=50, warmup_rounds=5, iterations=1)

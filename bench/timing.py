@@ -7,9 +7,9 @@ How a number comes about:
   per call, with the 20 % and 80 % quantiles.
 - A *batch* begins with one call outside the clock: the others have just run and have taken the caches. Then follow as
   many calls as fill about two milliseconds, found by calibration. Warm-up and calibration are not counted.
-- `cold=False` calls on the same inputs again and again, as a network's small tensors are met: in cache where they fit.
-  `cold=True` walks through enough copies of the inputs to exceed the last-level cache four times over, so that each
-  call reads its inputs from memory. (Outputs come from the allocator, which hands out the same memory in both modes.)
+- `cold=False` calls on the same inputs again and again: in cache where they fit, as a network meets what the layer
+  before has just written. `cold=True` times one call at a time, after writing through a buffer twice the size of the
+  last-level cache: inputs, saved tensors and the memory of outputs come from main memory, and so does the code.
 - The *backward* is the time of `torch.autograd.grad` alone, on a graph that a forward outside the clock has just built
   for this one call. No graph is retained: peers that would free or reuse saved tensors during the backward may do so.
   What a contender shifts into its forward shows in direction "forward_backward", which times both together.
@@ -33,7 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .provenance import last_level_cache
 from .registry import Case, Function
+
+_UNKNOWN_CACHE = 64 << 20  # bytes to sweep where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Settings:
         seconds: time for each contender, forwards outside the clock included.
         batch_seconds: length of a batch.
         min_rounds, max_rounds: bounds on the number of rounds.
-        cold: walk through copies of the inputs that exceed the last-level cache.
+        cold: sweep the caches before each call.
     """
 
     seconds: float = 0.5
@@ -77,64 +80,53 @@ class Contender:
     Args:
         name: the key of its timing.
         call: what is timed, given a state.
-        states: (index) -> the state for one call, made outside the clock: the inputs, or for a backward the graph.
-        one_by_one: states are worth nothing after one call and may not wait for it (hot backward): batches of one.
+        state: makes the state for one call, outside the clock: the inputs, or for a backward the graph.
+        one_by_one: a state must be used as soon as it is made (a backward, whose tensors are then in cache).
         context: entered around each batch, outside the clock (the choice of backend).
     """
 
     name: str
     call: Callable[[Any], Any]
-    states: Callable[[int], Any]
+    state: Callable[[], Any]
     one_by_one: bool = False
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-def input_sets(case: Case, count: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """`count` sets of inputs of different values."""
-    return [case.make_inputs(seed, device) for seed in range(count)]
 
 
 def contender(
     name: str,
     case: Case,
     function: Function,
-    sets: Sequence[dict[str, Any]],
+    values: dict[str, Any],
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Contender:
-    """`function` on the inputs `sets` in the direction of the case, ready to be timed."""
+    """`function` on the inputs `values` in the direction of the case, ready to be timed."""
     if case.direction == "forward":
-        return Contender(
-            name, lambda values: function(**values), lambda i: sets[i % len(sets)], context=lambda: _no_grad(context)
-        )
+        return Contender(name, lambda given: function(**given), lambda: values, context=lambda: _no_grad(context))
 
-    wanted = [[values[key] for key in case.differentiable] for values in sets]
+    wanted = [values[key] for key in case.differentiable]
     with context():
-        upstream = [output_gradients(function(**values)) for values in sets]
+        upstream = output_gradients(function(**values))
 
-    def forward(i: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        i %= len(sets)
-        return tensors(function(**sets[i])), wanted[i], upstream[i]
+    def forward() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return tensors(function(**values)), wanted, upstream
 
     def backward(state: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> Any:
         return torch.autograd.grad(*state)
 
     if case.direction == "backward":
-        return Contender(name, backward, forward, one_by_one=len(sets) == 1, context=context)
-    return Contender(name, lambda i: backward(forward(i)), lambda i: i, context=context)
+        return Contender(name, backward, forward, one_by_one=True, context=context)
+    return Contender(name, lambda _: backward(forward()), lambda: None, context=context)
 
 
-def interleave(contenders: Sequence[Contender], settings: Settings, batch: int | None = None) -> dict[str, Timing]:
-    """Time all contenders side by side.
-
-    Args:
-        contenders: at least one; their names differ.
-        settings: how long.
-        batch: calls per batch instead of the calibrated number (the cold mode passes its number of input sets).
-    """
+def interleave(contenders: Sequence[Contender], settings: Settings) -> dict[str, Timing]:
+    """Time all contenders, at least one and of different names, side by side."""
+    sweep = _sweeper() if settings.cold else None
     with _no_garbage_collection():
         costs = {c.name: _warm_up(c, settings) for c in contenders}  # seconds: of the call, of call and state
-        sizes = {c.name: batch or _batch_size(c, costs[c.name][0], settings) for c in contenders}
+        sizes = {c.name: _batch_size(c, costs[c.name][0], settings) for c in contenders}
         one_round = sum(costs[c.name][1] * (sizes[c.name] + 1) for c in contenders)
+        if sweep is not None:
+            one_round += len(contenders) * _seconds(sweep)
         budget = settings.seconds * len(contenders)
         rounds = min(max(math.ceil(budget / one_round), settings.min_rounds), settings.max_rounds)
         samples: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -143,7 +135,7 @@ def interleave(contenders: Sequence[Contender], settings: Settings, batch: int |
         for _ in range(rounds):
             shuffle(order)
             for c in order:
-                samples[c.name].append(_batch(c, sizes[c.name]))
+                samples[c.name].append(_batch(c, sizes[c.name], sweep))
     return {name: summarise(values, sizes[name]) for name, values in samples.items()}
 
 
@@ -166,12 +158,14 @@ def output_gradients(output: Any, seed: int = 0) -> list[Tensor]:
     return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in tensors(output)]
 
 
-def _batch(c: Contender, size: int, first: int = 0) -> float:
+def _batch(c: Contender, size: int, sweep: Callable[[], object] | None) -> float:
     """Seconds per call of one batch."""
     with c.context():
-        c.call(c.states(first))
-        states = [c.states(first + 1 + i) for i in range(size)]
+        c.call(c.state())
+        states = [c.state() for _ in range(size)]
         call = c.call
+        if sweep is not None:
+            sweep()
         start = time.perf_counter()
         for state in states:
             call(state)
@@ -186,7 +180,7 @@ def _warm_up(c: Contender, settings: Settings) -> tuple[float, float]:
     with c.context():
         while len(calls) < 3 or (time.perf_counter() - begin < settings.seconds / 10 and len(calls) < 1000):
             before = time.perf_counter()
-            state = c.states(len(calls))
+            state = c.state()
             start = time.perf_counter()
             c.call(state)
             end = time.perf_counter()
@@ -197,9 +191,21 @@ def _warm_up(c: Contender, settings: Settings) -> tuple[float, float]:
 
 
 def _batch_size(c: Contender, seconds_per_call: float, settings: Settings) -> int:
-    if c.one_by_one:
+    if c.one_by_one or settings.cold:
         return 1
     return min(max(math.ceil(settings.batch_seconds / max(seconds_per_call, 1e-7)), 1), 1000)
+
+
+def _sweeper() -> Callable[[], object]:
+    """A function that fills the caches with what nobody needs."""
+    buffer = torch.zeros(2 * (last_level_cache() or _UNKNOWN_CACHE), dtype=torch.uint8)
+    return lambda: buffer.add_(1)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 @contextlib.contextmanager

@@ -35,6 +35,12 @@ def test_each_rate_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.copy == (CopyRate(4096, 1e9),)
 
 
+def test_cold_bytes_come_from_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "last_level_cache", lambda: 1 << 20)
+    found = Limits((CopyRate(1000, 1e6), CopyRate(4 << 20, 1e5)), limits().matmul)
+    assert found.floor(1000, 1, torch.float32, cold=True) == pytest.approx(1e-2)
+
+
 def test_measured_rates_are_plausible() -> None:
     assert 1e8 < floor.copy_bandwidth(1 << 20, seconds=0.01) < 1e13
     assert 1e8 < floor.matmul_rate(torch.float32, seconds=0.01) < 1e14

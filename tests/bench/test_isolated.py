@@ -14,7 +14,7 @@ CASE = registry.load("add_one", TOY)[0]
 
 
 def test_a_peer_in_its_own_process_is_checked_and_timed() -> None:
-    found = isolated.run(CASE, "apart", SHORT, 1, TOY)
+    found = isolated.run(CASE, "apart", SHORT, TOY)
     assert found.variant == "apart"
     assert found.errors["output"] < 1e-6
     assert 0 < found.timing.q20 <= found.timing.median <= found.timing.q80
@@ -27,9 +27,9 @@ def test_a_peer_in_its_own_process_is_checked_and_timed() -> None:
 )
 def test_a_peer_that_fails_there_says_why(peer: str, message: str) -> None:
     with pytest.raises(PeerError, match=message):
-        isolated.run(CASE, peer, SHORT, 1, TOY)
+        isolated.run(CASE, peer, SHORT, TOY)
 
 
 def test_a_peer_that_hangs_is_given_up() -> None:
     with pytest.raises(PeerError, match="took longer than 0 s"):
-        isolated.run(CASE, "apart", SHORT, 1, TOY, timeout=0.05)
+        isolated.run(CASE, "apart", SHORT, TOY, timeout=0.05)

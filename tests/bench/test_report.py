@@ -85,6 +85,11 @@ def test_a_result_survives_its_file(result: Result, tmp_path: Path) -> None:
     assert results.load(path) == result
 
 
+def test_cold_results_have_a_file_of_their_own(result: Result) -> None:
+    cold = dataclasses.replace(result, settings=Settings(cold=True))
+    assert cold.name == f"{result.name}-cold"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

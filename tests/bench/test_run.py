@@ -73,13 +73,6 @@ def test_a_failing_peer_does_not_stop_the_others() -> None:
     }
 
 
-def test_cold_inputs_exceed_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagen_fast.bench.measure.last_level_cache", lambda: 1000)
-    cold = Settings(seconds=0.005, min_rounds=5, max_rounds=20, cold=True)
-    [result] = run.run(["add_one"], case="right", peers=["eager"], settings=cold, progress=False, directory=TOY)
-    assert {row.ours.calls // row.ours.rounds for row in result.rows} == {32}  # 4 * 1000 bytes in tensors of 128
-
-
 def test_threads_are_set_for_the_run_alone() -> None:
     before = torch.get_num_threads()
     assert run_toy("right-forward", ["eager"], threads=1).provenance.threads == 1

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from imagen_fast.bench import registry
-from imagen_fast.bench.timing import Contender, Settings, contender, input_sets, interleave, summarise
+from imagen_fast.bench import registry, timing
+from imagen_fast.bench.timing import Contender, Settings, contender, interleave, summarise
 
 TOY = Path(__file__).parent / "cases"
 SHORT = Settings(seconds=0.02, batch_seconds=1e-4, min_rounds=5, max_rounds=20)
@@ -21,41 +21,48 @@ def toy(name: str) -> registry.Case:
 
 
 def test_quantiles() -> None:
-    timing = summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], calls_per_sample=7)
-    assert (timing.q20, timing.median, timing.q80) == pytest.approx((2.0, 3.5, 5.0))
-    assert (timing.rounds, timing.calls) == (6, 42)
+    found = summarise([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], calls_per_sample=7)
+    assert (found.q20, found.median, found.q80) == pytest.approx((2.0, 3.5, 5.0))
+    assert (found.rounds, found.calls) == (6, 42)
 
 
 def test_times_what_each_contender_takes() -> None:
     def sleeper(seconds: float) -> Contender:
-        return Contender(f"{seconds}", call=lambda _: time.sleep(seconds), states=lambda i: None)
+        return Contender(f"{seconds}", call=lambda _: time.sleep(seconds), state=lambda: None)
 
     found = interleave([sleeper(0.02), sleeper(0.001)], SHORT)
     assert found["0.02"].median >= 0.02
     assert 0.001 <= found["0.001"].median < 0.02
 
 
-def test_rounds_interleave_in_changing_order_with_one_call_off_the_clock() -> None:
+def test_rounds_interleave_in_changing_order_with_one_call_off_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    contenders = [Contender(name, call=lambda _, name=name: log.append(name), states=lambda i: None) for name in "ab"]
-    interleave(contenders, dataclasses.replace(SHORT, min_rounds=20, seconds=1e-9), batch=2)
+    contenders = [Contender(name, call=lambda _, name=name: log.append(name), state=lambda: None) for name in "ab"]
+    monkeypatch.setattr(timing, "_batch_size", lambda *_: 2)
+    interleave(contenders, dataclasses.replace(SHORT, min_rounds=20, seconds=1e-9))
     rounds = "".join(log[-20 * 2 * 3 :])
     each = [rounds[i : i + 6] for i in range(0, len(rounds), 6)]
     assert set(each) == {"aaabbb", "bbbaaa"}
 
 
-def test_calls_walk_through_all_input_sets() -> None:
-    case = toy("right-forward")
-    seen: list[float] = []
-    cold = contender("cold", case, lambda x: seen.append(x[0, 0].item()), input_sets(case, 5))
-    interleave([cold], SHORT, batch=5)
-    assert len(set(seen[-5:])) == 5
+def test_cold_sweeps_the_caches_between_the_state_and_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(timing, "_sweeper", lambda: lambda: log.append("sweep"))
+    cold = Contender("c", call=lambda _: log.append("call"), state=lambda: log.append("state"))
+    found = interleave([cold], dataclasses.replace(SHORT, cold=True))["c"]
+    assert found.calls == found.rounds
+    assert log[-10:] == ["state", "call", "state", "sweep", "call"] * 2
+
+
+def test_the_sweep_exceeds_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 1000)
+    assert timing._sweeper()().numel() == 2000  # type: ignore[attr-defined]
 
 
 def test_forward_runs_without_gradients() -> None:
     seen: list[bool] = []
     case = toy("right-forward")
-    interleave([contender("c", case, lambda x: seen.append(torch.is_grad_enabled()), input_sets(case, 1))], SHORT)
+    interleave([contender("c", case, lambda x: seen.append(torch.is_grad_enabled()), case.make_inputs(0))], SHORT)
     assert not any(seen)
     assert torch.is_grad_enabled()
 
@@ -74,7 +81,7 @@ class SlowForward(torch.autograd.Function):
 @pytest.mark.parametrize(("direction", "slow"), [("backward", False), ("forward_backward", True)])
 def test_the_backward_is_timed_without_its_forward(direction: Any, slow: bool) -> None:
     case = dataclasses.replace(toy("right-backward"), direction=direction)
-    found = interleave([contender("c", case, lambda x: SlowForward.apply(x), input_sets(case, 1))], SHORT)["c"]
+    found = interleave([contender("c", case, lambda x: SlowForward.apply(x), case.make_inputs(0))], SHORT)["c"]
     assert (found.median >= 0.05) == slow
 
 
@@ -92,14 +99,12 @@ def test_every_backward_gets_a_graph_of_its_own() -> None:
             return dy
 
     case = toy("right-backward")
-    for sets in (1, 3):
-        timed = contender("c", case, lambda x: Once.apply(x), input_sets(case, sets))
-        interleave([timed], SHORT, batch=None if sets == 1 else sets)
+    interleave([contender("c", case, lambda x: Once.apply(x), case.make_inputs(0))], SHORT)
 
 
 def test_garbage_collection_is_off_inside_and_back_afterwards() -> None:
     seen: list[bool] = []
-    interleave([Contender("c", call=lambda _: seen.append(gc.isenabled()), states=lambda i: None)], SHORT)
+    interleave([Contender("c", call=lambda _: seen.append(gc.isenabled()), state=lambda: None)], SHORT)
     assert not any(seen)
     assert gc.isenabled()
 
@@ -107,5 +112,5 @@ def test_garbage_collection_is_off_inside_and_back_afterwards() -> None:
         raise KeyError
 
     with pytest.raises(KeyError):
-        interleave([Contender("c", call=fail, states=lambda i: None)], SHORT)
+        interleave([Contender("c", call=fail, state=lambda: None)], SHORT)
     assert gc.isenabled()
