@@ -154,8 +154,7 @@ def write(
 ) -> None:
     """Write tensors as `stem`.safetensors, or in shards with an index where they are more than `max_shard_bytes`.
 
-    Raises:
-        OutputError: a file cannot be written.
+    `folder` is one that `atomic_directory` gave, which turns a full disk into an `OutputError`.
     """
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | dict(dtypes or {})
     shards = _plan_shards(tensors, dtypes, max_shard_bytes)
@@ -163,10 +162,7 @@ def write(
     for i, names in enumerate(shards, start=1):
         file_name = f"{stem}-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
         shard = {name: tensors[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
-        try:
-            save_file(shard, folder / file_name, metadata={"format": "pt"})
-        except SafetensorError as error:  # what a full disk raises here
-            raise OutputError(f"cannot write {folder / file_name}: {error}") from error
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     if len(shards) > 1:
         size = sum(tensors[name].numel() * dtypes[name].itemsize for name in tensors)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..config import from_dict, read_json
 from ..errors import CheckpointError, UserError
@@ -77,5 +77,5 @@ def _load_average(modules: torch.nn.ModuleDict, path: Path) -> None:
         with safe_open(path / "state.safetensors", framework="pt") as file, torch.no_grad():
             for name, parameter in modules.named_parameters():
                 parameter.copy_(file.get_tensor(f"average.{name}"))
-    except Exception as error:  # safetensors has an error class of its own for what is missing or damaged
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path / 'state.safetensors'}: {error}") from error

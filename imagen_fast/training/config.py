@@ -26,10 +26,12 @@ class TrainConfig:
     """One stage's training run.
 
     Args:
-        stage: "base" trains the text encoder and the base U-Net together on size² pictures; "super_resolution" trains
-            the efficient U-Net from low_resolution² to size² on crops.
+        stage: "text" trains the text encoder to tell from a caption which picture it names; "base" trains the text
+            encoder and the base U-Net together on size² pictures; "super_resolution" trains the efficient U-Net from
+            low_resolution² to size² on crops.
         data: directory of the data set.
         out: directory for checkpoints, the log and sample grids.
+        initialize_from: directories of runs whose averaged weights this one starts from, where the names agree.
         size: side of the pictures in pixels; low_resolution: side of the low-resolution pictures.
         crop: side of the crops that super-resolution is trained on, in pixels of the large picture.
         prediction, train_timesteps: what the model predicts, over how many timesteps of the cosine schedule.
@@ -45,10 +47,11 @@ class TrainConfig:
         seed, threads: threads None leaves PyTorch's number.
     """
 
-    stage: Literal["base", "super_resolution"]
+    stage: Literal["text", "base", "super_resolution"]
     data: str
     out: str
-    size: int
+    size: int = 32
+    initialize_from: tuple[str, ...] = ()
     unet: UNetConfig | None = None
     efficient_unet: EfficientUNetConfig | None = None
     text_encoder: T5Config | None = None
@@ -85,6 +88,8 @@ class TrainConfig:
         for name in ("ema_decay", "text_dropout", "max_augmentation"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.stage == "text" and self.text_encoder is None:
+            raise ValueError("stage 'text' needs the table [text_encoder]")
         if self.stage == "base" and (self.unet is None or self.text_encoder is None):
             raise ValueError("stage 'base' needs the tables [unet] and [text_encoder]")
         if self.stage == "base" and self.unet.text_dim != self.text_encoder.d_model:  # type: ignore[union-attr]

@@ -14,12 +14,12 @@ from ..diffusion.step_table import StepTable
 from ..files import atomic_file
 from ..models.imagen import guided_model, to_pictures
 from ..pictures import grid
-from .stages import BaseStage, Stage, SuperResolutionStage
+from .stages import BaseStage, DiffusionStage, SuperResolutionStage
 
 
 @torch.inference_mode()
 def save_sample_grid(
-    stage: Stage, modules: nn.ModuleDict, path: Path, *, steps: int = 25, guidance: float = 3.0
+    stage: DiffusionStage, modules: nn.ModuleDict, path: Path, *, steps: int = 25, guidance: float = 3.0
 ) -> None:
     """Sample with the averaged weights and save a grid: the prompts' pictures, or low resolution above high."""
     config = stage.config
@@ -39,8 +39,7 @@ def save_sample_grid(
 def _base_samples(stage: BaseStage, modules: nn.ModuleDict, table: StepTable, guidance: float) -> Tensor:
     config = stage.config
     prompts = config.sample_prompts or tuple(stage.dataset.name(i, "en") for i in range(min(16, len(stage.dataset))))
-    assert stage.tokenizer is not None
-    input_ids, mask = stage.tokenizer(list(prompts), max_length=config.max_text_length)
+    input_ids, mask = stage.captions.tokenizer(list(prompts), max_length=config.max_text_length)
     text = modules["text_encoder"](input_ids, mask)
     model = guided_model(modules["unet"], text, mask, guidance)
     noise = Noise(range(len(prompts)))

@@ -1,10 +1,11 @@
-"""What the two kinds of stage train on: their modules, their batches and their loss.
+"""What each kind of stage trains on: its modules, its batches and its loss.
 
 A batch depends on nothing but the run's seed and the step, so that a resumed run sees what an uninterrupted one sees.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..diffusion.schedules import squaredcos_cap_v2
 from ..models.efficient_unet import EfficientUNet
-from ..models.t5 import T5Encoder
+from ..models.t5 import T5Encoder, Tokenizer
 from ..models.unet import UNet
 from .config import TrainConfig
 from .emoji.dataset import EmojiDataset
@@ -28,36 +29,92 @@ class Batch(NamedTuple):
     condition: dict[str, Tensor]
 
 
-class Stage:
+class Stage(ABC):
     """Modules, batches and loss of one stage."""
 
     def __init__(self, config: TrainConfig, dataset: EmojiDataset) -> None:
         self.config, self.dataset = config, dataset
-        self.alphas_cumprod = squaredcos_cap_v2(config.train_timesteps).float()
         self.modules = self._build()
 
+    @abstractmethod
     def _build(self) -> nn.ModuleDict:
-        raise NotImplementedError
+        """The modules that are trained."""
 
+    @abstractmethod
+    def loss(self, step: int) -> Tensor:
+        """The loss of a step, on its batch."""
+
+    def _drawn(self, step: int) -> tuple[torch.Generator, list[int]]:
+        """What a step draws from, and which pictures it draws first."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        return generator, torch.randint(len(self.dataset), (self.config.batch_size,), generator=generator).tolist()
+
+
+class Captions:
+    """Captions of pictures as tokens, English and Chinese alike often."""
+
+    def __init__(self, config: TrainConfig, dataset: EmojiDataset, tokenizer: Tokenizer | None) -> None:
+        assert tokenizer is not None, "a text encoder with ByT5's vocabulary reads bytes"
+        self.dataset, self.tokenizer, self.max_length = dataset, tokenizer, config.max_text_length
+
+    def __call__(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """input_ids and mask (B, L) of one caption for each picture."""
+        captions = []
+        for index in indices:
+            language = ("en", "zh")[int(torch.randint(2, (), generator=generator))]
+            choices = self.dataset.captions(index, "train", language)
+            captions.append(choices[int(torch.randint(len(choices), (), generator=generator))])
+        return self.tokenizer(captions, max_length=self.max_length)
+
+
+class TextStage(Stage):
+    """Captions to the picture they name, a start for a text encoder where no pretrained one can be had."""
+
+    def _build(self) -> nn.ModuleDict:
+        assert self.config.text_encoder is not None
+        encoder = T5Encoder(self.config.text_encoder)
+        self.captions = Captions(self.config, self.dataset, encoder.tokenizer)
+        head = nn.Linear(self.config.text_encoder.d_model, len(self.dataset))
+        return nn.ModuleDict({"text_encoder": encoder, "head": head})
+
+    def loss(self, step: int) -> Tensor:
+        """Cross entropy of naming the picture, from the mean of the features."""
+        generator, indices = self._drawn(step)
+        input_ids, mask = self.captions(indices, generator)
+        features = self.modules["text_encoder"](input_ids, mask)
+        weights = mask[:, :, None].to(features.dtype)
+        logits = self.modules["head"]((features * weights).sum(1) / weights.sum(1))
+        return F.cross_entropy(logits.float(), torch.tensor(indices))
+
+
+class DiffusionStage(Stage):
+    """What the base and super-resolution have in common: noise in, a prediction out."""
+
+    def __init__(self, config: TrainConfig, dataset: EmojiDataset) -> None:
+        self.alphas_cumprod = squaredcos_cap_v2(config.train_timesteps).float()
+        super().__init__(config, dataset)
+
+    @abstractmethod
     def _pictures(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError
+        """Clean pictures (B, 3, H, W) in [−1, 1], and what the model is told about them."""
 
+    @abstractmethod
     def _predict(self, x: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError
+        """The model's output for noisy pictures x."""
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        count = self.config.batch_size
-        indices = torch.randint(len(self.dataset), (count,), generator=generator).tolist()
+        generator, indices = self._drawn(step)
         x0, condition = self._pictures(indices, generator)
         # One timestep from each of B equal strata: less variance in the loss than B independent ones.
+        count = len(indices)
         offset = torch.rand(count, generator=generator)
         timestep = ((torch.arange(count) + offset) / count * self.config.train_timesteps).long()
         return Batch(x0, timestep, torch.randn(x0.shape, generator=generator), condition)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, step: int) -> Tensor:
         """Mean squared error of the prediction."""
+        batch = self.batch(step)
         alpha = self.alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         noisy = signal * batch.x0 + sigma * batch.noise
@@ -66,25 +123,19 @@ class Stage:
         return F.mse_loss(output.float(), targets[self.config.prediction])
 
 
-class BaseStage(Stage):
+class BaseStage(DiffusionStage):
     """Captions to small pictures; the text encoder is trained along."""
 
     def _build(self) -> nn.ModuleDict:
         assert self.config.text_encoder is not None
         assert self.config.unet is not None
         encoder = T5Encoder(self.config.text_encoder)
-        self.tokenizer = encoder.tokenizer
+        self.captions = Captions(self.config, self.dataset, encoder.tokenizer)
         self.small = resized(self.dataset.images, self.config.size)
         return nn.ModuleDict({"text_encoder": encoder, "unet": UNet(self.config.unet)})
 
     def _pictures(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        captions = []
-        for index in indices:
-            language = ("en", "zh")[int(torch.randint(2, (), generator=generator))]
-            choices = self.dataset.captions(index, "train", language)
-            captions.append(choices[int(torch.randint(len(choices), (), generator=generator))])
-        assert self.tokenizer is not None
-        input_ids, mask = self.tokenizer(captions, max_length=self.config.max_text_length)
+        input_ids, mask = self.captions(indices, generator)
         dropped = torch.rand(len(indices), generator=generator) < self.config.text_dropout
         return self.small[indices], {"input_ids": input_ids, "mask": mask, "dropped": dropped}
 
@@ -93,7 +144,7 @@ class BaseStage(Stage):
         return self.modules["unet"](x, timestep, text, condition["mask"] & ~condition["dropped"][:, None])
 
 
-class SuperResolutionStage(Stage):
+class SuperResolutionStage(DiffusionStage):
     """Low-resolution pictures to large ones, on crops, with noise-conditioning augmentation."""
 
     def _build(self) -> nn.ModuleDict:
@@ -133,4 +184,4 @@ def resized(images: Any, size: int) -> Tensor:
     return x.clamp(-1, 1)
 
 
-STAGES: dict[str, type[Stage]] = {"base": BaseStage, "super_resolution": SuperResolutionStage}
+STAGES: dict[str, type[Stage]] = {"text": TextStage, "base": BaseStage, "super_resolution": SuperResolutionStage}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ from ..files import atomic_directory, check_writable
 from .config import TrainConfig
 from .emoji.dataset import EmojiDataset
 from .samples import save_sample_grid
-from .stages import STAGES, Stage
+from .stages import STAGES, DiffusionStage, Stage
 
 CHECKPOINT = "checkpoint"
 LOSSES = "losses.jsonl"
@@ -73,6 +73,9 @@ def train(
     run = TrainingRun(config, STAGES[config.stage](config, dataset))
     if resume:
         run.load(directory / CHECKPOINT)
+    else:
+        for other in config.initialize_from:
+            run.start_from(Path(other) / CHECKPOINT)
     run.fit(directory, progress=progress)
     return directory
 
@@ -110,7 +113,7 @@ class TrainingRun:
                 if last or self.step % config.checkpoint_every == 0:
                     log.flush()
                     self.save(directory / CHECKPOINT)
-                if last or self.step % config.sample_every == 0:
+                if isinstance(self.stage, DiffusionStage) and (last or self.step % config.sample_every == 0):
                     save_sample_grid(self.stage, self.averaged_modules(), directory / f"samples-{self.step:06d}.png")
 
     def train_step(self) -> float:
@@ -120,7 +123,7 @@ class TrainingRun:
             group["lr"] = learning_rate(config, self.step)
         self.stage.modules.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = self.stage.loss(self.stage.batch(self.step))
+            loss = self.stage.loss(self.step)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} at step {self.step}: lower learning_rate, or use precision = 'fp32'")
@@ -174,10 +177,30 @@ class TrainingRun:
                         "exp_avg": torch.empty_like(parameter).copy_(file.get_tensor(f"first_moment.{name}")),
                         "exp_avg_sq": torch.empty_like(parameter).copy_(file.get_tensor(f"second_moment.{name}")),
                     }
-        except Exception as error:
-            # safetensors raises errors of its own kind for a damaged file, a missing tensor and a missing file
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot resume from {path}: {error}") from error
         self.step = int(state["step"])
+
+    def start_from(self, path: Path) -> None:
+        """Take the averaged weights of another run for the parameters that both have.
+
+        Raises:
+            CheckpointError: it cannot be read, has none of these parameters, or one of another shape.
+        """
+        pairs = zip(self.parameters, self.average, strict=True)
+        mine = {f"average.{name}": pair for name, pair in zip(self.names, pairs, strict=True)}
+        try:
+            with safe_open(path / "state.safetensors", framework="pt") as file, torch.no_grad():
+                shared = sorted(mine.keys() & set(file.keys()))
+                for name in shared:
+                    for tensor in mine[name]:
+                        if tensor.shape != torch.Size(file.get_slice(name).get_shape()):
+                            raise CheckpointError(f"{path}: {name} has another shape than this run's")
+                        tensor.copy_(file.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot start from {path}: {error}") from error
+        if not shared:
+            raise CheckpointError(f"cannot start from {path}: it has none of this run's parameters")
 
     def _check_same_run(self, saved: dict, path: Path) -> None:
         """What decides the losses must not change under a run; what does not (how often to log) may."""

@@ -356,6 +356,6 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint(encoder, directory):
         check=True,
         cwd=Path(__file__).parents[2],
     )
-    assert f"cannot write {directory / 'model.safetensors'}" in result.stdout
+    assert f"cannot write {directory}" in result.stdout
     assert [path.name for path in directory.parent.iterdir()] == ["t5"]
     assert_same_weights(T5Encoder.from_pretrained(directory).state_dict(), encoder.state_dict())

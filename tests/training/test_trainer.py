@@ -31,6 +31,7 @@ SUPER = {
     "crop": 8,
     "efficient_unet": {**EFFICIENT, "self_attention_levels": [], "cross_attention_levels": []},
 }
+NAMING = {"stage": "text", "text_encoder": TEXT}
 COMMON = {"steps": 12, "batch_size": 4, "checkpoint_every": 4, "sample_every": 100, "warmup_steps": 2, "threads": 1}
 
 
@@ -91,6 +92,30 @@ def test_it_learns(colours, tmp_path):
     config = {**BASE, **COMMON, "steps": 60, "learning_rate": 5e-3, "data": str(colours), "out": str(tmp_path / "run")}
     history = losses(train(str(write_config(tmp_path / "run.toml", config)), progress=False))
     assert sum(history[-10:]) < 0.7 * sum(history[:10])  # predicting nothing keeps it at 1
+
+
+def test_the_text_encoder_learns_to_name_pictures_and_the_base_starts_from_it(colours, tmp_path):
+    from safetensors.torch import load_file
+
+    common = {**COMMON, "data": str(colours), "out": "unused", "ema_decay": 0.5}
+    config = {**NAMING, **common, "steps": 40, "learning_rate": 2e-2, "batch_size": 16}
+    text = train(str(write_config(tmp_path / "text.toml", config)), out=tmp_path / "text", progress=False)
+    history = losses(text)
+    assert history[0] > 1.0  # ln 5 is guessing
+    assert sum(history[-5:]) / 5 < 0.5
+    config = {**BASE, **common, "steps": 1, "learning_rate": 1e-30, "initialize_from": [str(text)]}
+    base = train(str(write_config(tmp_path / "base.toml", config)), out=tmp_path / "base", progress=False)
+    stored, start = (load_file(run / "checkpoint" / "state.safetensors") for run in (base, text))
+    name = "text_encoder.embedding.weight"
+    torch.testing.assert_close(stored[f"average.{name}"], start[f"average.{name}"])
+    with pytest.raises(CheckpointError, match="none of this run's parameters"):
+        train(
+            str(write_config(tmp_path / "b.toml", {**SUPER, **common, "initialize_from": [str(text)]})), progress=False
+        )
+    with pytest.raises(CheckpointError, match="cannot start from"):
+        train(
+            str(write_config(tmp_path / "c.toml", {**BASE, **common, "initialize_from": ["nowhere"]})), progress=False
+        )
 
 
 def test_stages_assemble_into_a_cascade_that_samples_and_is_evaluated(colours, tmp_path):
