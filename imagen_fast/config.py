@@ -43,8 +43,6 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     except TypeError as error:
         missing = [name for name, f in fields.items() if name not in known and _required(f)]
         raise ConfigError(f"{where}: missing key {', '.join(map(repr, missing)) or error}") from error
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -95,6 +93,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+    if origin is None and isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
     return value
