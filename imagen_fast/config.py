@@ -93,6 +93,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if origin is None and isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+    plain = origin is None and isinstance(hint, type)  # in Python 3.10 list[int] is a type, too
+    if plain and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ConfigError(f"{where} must be {hint.__name__}, got {value!r}")
     return value
