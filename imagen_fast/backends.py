@@ -48,9 +48,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, known))}"
 
 
-# ---- What the machine offers
-
-
 def _cuda_unavailable() -> str | None:
     return "the CUDA library is not built"
 
@@ -91,9 +88,6 @@ def unavailable_reason(name: str) -> str | None:
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r}; {nearest(name, NAMES)}")
     return _unavailable(name)
-
-
-# ---- What is asked for
 
 
 class _Selection(NamedTuple):
@@ -155,8 +149,6 @@ class use_backend(ContextDecorator):
         assert outer is not None
         _state.selection = outer
 
-
-# ---- What a backend needs of a call
 
 # None where the call has what is needed, else the reason for an error message. Reasons name kinds (a dtype, a layout),
 # not sizes, so that a log with one line per reason stays short.
@@ -327,9 +319,6 @@ def _log_once(message: str) -> None:
     if message not in _logged:
         _logged.add(message)
         logger.warning("%s", message)
-
-
-# ---- explain
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._checks import one_of
+from .ops._checks import not_negative, one_of
 from .reference.group_norm_act import ACTIVATIONS
 
 
@@ -44,6 +44,7 @@ class GroupNormAct(nn.Module):
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"num_groups must divide num_channels = {num_channels}, got {num_groups}")
         one_of("activation", activation, tuple(ACTIVATIONS))
+        not_negative("eps", eps)
         self.num_groups = num_groups
         self.num_channels = num_channels
         self.activation = activation

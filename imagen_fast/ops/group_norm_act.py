@@ -27,8 +27,6 @@ from ..layout import dense, dense_like, is_dense
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
 from . import _checks
 
-# ---- Checks
-
 _ACTIVATION_CODES: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
@@ -88,8 +86,6 @@ def _broadcasts(shape: torch.Size, batch: int, channels: int) -> bool:
         size in (1, full) for size, full in zip(reversed(shape), (channels, batch), strict=False)
     )
 
-
-# ---- The operators of the cpu backend: schema here, kernels in csrc/group_norm_act
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -160,8 +156,6 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("imagen_fast::group_norm_act_backward_cpu", _no_second_derivative, lib=_LIBRARY)
 
-# ---- Backends
-
 
 def _run_eager(call: _Call) -> Tensor:
     x, num_groups, weight, bias, scale, shift, activation, eps = call
@@ -174,13 +168,17 @@ def _run_cpu(call: _Call) -> Tensor:
         weight = weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    batch_and_channels = x.shape[:2]
-    if scale is not None and scale.shape != batch_and_channels:
-        scale = scale.expand(batch_and_channels)
-    if shift is not None and shift.shape != batch_and_channels:
-        shift = shift.expand(batch_and_channels)
+    if scale is not None and scale.shape != x.shape[:2]:
+        scale = _per_sample(scale, x)
+    if shift is not None and shift.shape != x.shape[:2]:
+        shift = _per_sample(shift, x)
     arguments = (dense(x), num_groups, weight, bias, scale, shift, _ACTIVATION_CODES[activation], eps)
     return run_operator(_forward, *arguments)[0]
+
+
+def _per_sample(parameter: Tensor, x: Tensor) -> Tensor:
+    """Broadcast to (B, C), in a wide dtype: so the gradient is rounded once, after its sum over what is broadcast."""
+    return parameter.to(_accumulator(x)).expand(x.shape[:2])
 
 
 def _notes(call: _Call) -> list[str]:
@@ -197,8 +195,6 @@ _OP = Op(
     ),
     _notes,
 )
-
-# ---- The op
 
 
 def group_norm_act(

@@ -38,7 +38,7 @@ def group_norm_act(
     # PyTorch's channels-last kernel for the CPU takes the variance as E[x²] - E[x]²: at mean 1000 and deviation 1 it is
     # off by 0.33 in float32. Its NCHW kernel is accurate.
     y = x.contiguous()
-    if all(parameter is None or parameter.dtype == x.dtype for parameter in (weight, bias)):
+    if _affine_in_group_norm(x, weight, bias):
         y = torch.group_norm(y, num_groups, weight, bias, eps)
     else:
         y = torch.group_norm(y, num_groups, None, None, eps)
@@ -49,6 +49,16 @@ def group_norm_act(
     if shift is not None:
         y = y + _per_channel(shift, x)
     return dense_like(ACTIVATIONS[activation](y).to(x.dtype), x)
+
+
+def _affine_in_group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether `torch.group_norm` takes these parameters.
+
+    It takes no other dtype than x's; its backward pass fails with a bias and no weight, and leaves the gradients of the
+    parameters unwritten where there are no positions.
+    """
+    same_dtype = all(parameter is None or parameter.dtype == x.dtype for parameter in (weight, bias))
+    return same_dtype and (bias is None or weight is not None) and x.numel() > 0
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
