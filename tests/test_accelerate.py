@@ -197,14 +197,18 @@ class Tripled(nn.Module):
         return 3 * weight
 
 
-class NegatedWeight(Tensor):
-    """A weight that is another tensor to whoever computes with it, as quantized weights are."""
+class Negated(Tensor):
+    """Another tensor than it looks to whoever computes with it, as quantized ones are."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        args = tuple(-a.as_subclass(Tensor) if isinstance(a, NegatedWeight) else a for a in args)
-        kwargs = {k: -v.as_subclass(Tensor) if isinstance(v, NegatedWeight) else v for k, v in (kwargs or {}).items()}
+        args = tuple(-a.as_subclass(Tensor) if isinstance(a, Negated) else a for a in args)
+        kwargs = {k: -v.as_subclass(Tensor) if isinstance(v, Negated) else v for k, v in (kwargs or {}).items()}
         return function(*args, **kwargs)
+
+
+class Marked(Tensor):
+    """Whatever is computed from it is marked, too."""
 
 
 def _replace_forward(norm: nn.Module) -> None:
@@ -216,7 +220,7 @@ def _replace_forward(norm: nn.Module) -> None:
 
 
 def _negate(norm: nn.Module) -> None:
-    weight = norm.weight.detach().as_subclass(NegatedWeight)
+    weight = norm.weight.detach().as_subclass(Negated)
     del norm._parameters["weight"]
     norm._parameters["weight"] = weight
 
@@ -244,6 +248,7 @@ CHANGES: dict[str, Callable[[UNet, str], object]] = {
     "replaced forward": lambda model, name: _replace_forward(model.get_submodule(name)),
     "tensor subclass": lambda model, name: _negate(model.get_submodule(name)),
     "another module": _replace,
+    "eps": lambda model, name: setattr(model.get_submodule(name), "eps", 1.0),
     "new values": lambda model, name: model.get_submodule(name).weight.data.mul_(2),
     "new parameter": lambda model, name: setattr(
         model.get_submodule(name), "weight", nn.Parameter(3 * model.get_submodule(name).weight.detach())
@@ -291,6 +296,22 @@ def test_hook_can_be_removed_again(calls):
     calls.clear()
     output(model)
     assert len(calls) == all_norms
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_weights_of_a_tensor_subclass_do_not_reach_the_op(norm, calls):
+    """The op has no rules for what they mean (quantized, distributed); the module that holds them has."""
+    model = accelerated(unet())
+    _negate(model.get_submodule(norm))
+    output(model)
+    assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in model.modules()) - 1
+
+
+def test_inputs_of_a_tensor_subclass_do_not_reach_the_op(calls):
+    model = accelerated(unet())
+    x, embedding = torch.randn(2, 16, 8, 8).as_subclass(Marked), torch.randn(2, 64).as_subclass(Marked)
+    assert isinstance(model.norm_out(model.get_submodule(BLOCK)(x, embedding)), Marked)
+    assert calls == []
 
 
 def test_parametrization_of_an_output_norm_outlives_restore():
