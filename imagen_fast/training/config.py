@@ -44,7 +44,9 @@ class TrainConfig:
         precision: "bf16" is autocast with fp32 weights.
         log_every, sample_every, checkpoint_every: in steps.
         sample_prompts: what the sample grid shows.
-        seed, threads: threads None leaves PyTorch's number.
+        seed: of the first weights and of every batch.
+        device: "auto" is a GPU if there is one. A batch is drawn on the CPU, so it is the same on every device.
+        threads: of the CPU; None leaves PyTorch's number.
     """
 
     stage: Literal["text", "base", "super_resolution"]
@@ -76,6 +78,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     sample_prompts: tuple[str, ...] = ()
     seed: int = 0
+    device: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:

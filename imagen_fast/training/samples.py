@@ -39,21 +39,23 @@ def save_sample_grid(
 def _base_samples(stage: BaseStage, modules: nn.ModuleDict, table: StepTable, guidance: float) -> Tensor:
     config = stage.config
     prompts = config.sample_prompts or tuple(stage.dataset.name(i, "en") for i in range(min(16, len(stage.dataset))))
-    input_ids, mask = stage.captions.tokenizer(list(prompts), max_length=config.max_text_length)
+    tokens = stage.captions.tokenizer(list(prompts), max_length=config.max_text_length)
+    input_ids, mask = (tensor.to(stage.device) for tensor in tokens)
     text = modules["text_encoder"](input_ids, mask)
     model = guided_model(modules["unet"], text, mask, guidance)
-    noise = Noise(range(len(prompts)))
+    noise = Noise(range(len(prompts)), stage.device)
     return sample_loop(model, table, noise, (3, config.size, config.size), guidance=guidance, threshold="static")
 
 
 def _super_resolution_samples(stage: SuperResolutionStage, modules: nn.ModuleDict, table: StepTable) -> Tensor:
     config = stage.config
     low = F.interpolate(stage.small[:64:8], size=(config.size, config.size), mode="bilinear", align_corners=False)
-    level = torch.zeros(len(low), dtype=torch.long)
+    low = low.to(stage.device)
+    level = torch.zeros(len(low), dtype=torch.long, device=stage.device)
 
     def model(x: Tensor, timestep: Tensor) -> tuple[Tensor, None]:
         return modules["unet"](torch.cat((x, low), dim=1), timestep, augmentation=level), None
 
-    noise = Noise(range(len(low)))
+    noise = Noise(range(len(low)), stage.device)
     high = sample_loop(model, table, noise, (3, config.size, config.size), threshold="static")
     return torch.cat((low, high))

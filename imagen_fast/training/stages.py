@@ -34,7 +34,9 @@ class Stage(ABC):
 
     def __init__(self, config: TrainConfig, dataset: EmojiDataset) -> None:
         self.config, self.dataset = config, dataset
-        self.modules = self._build()
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(automatic if config.device == "auto" else config.device)
+        self.modules = self._build().to(self.device)
 
     @abstractmethod
     def _build(self) -> nn.ModuleDict:
@@ -80,11 +82,11 @@ class TextStage(Stage):
     def loss(self, step: int) -> Tensor:
         """Cross entropy of naming the picture, from the mean of the features."""
         generator, indices = self._drawn(step)
-        input_ids, mask = self.captions(indices, generator)
+        input_ids, mask = (tensor.to(self.device) for tensor in self.captions(indices, generator))
         features = self.modules["text_encoder"](input_ids, mask)
         weights = mask[:, :, None].to(features.dtype)
         logits = self.modules["head"]((features * weights).sum(1) / weights.sum(1))
-        return F.cross_entropy(logits.float(), torch.tensor(indices))
+        return F.cross_entropy(logits.float(), torch.tensor(indices, device=self.device))
 
 
 class DiffusionStage(Stage):
@@ -103,19 +105,21 @@ class DiffusionStage(Stage):
         """The model's output for noisy pictures x."""
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step."""
+        """The batch of a step, on the stage's device."""
         generator, indices = self._drawn(step)
         x0, condition = self._pictures(indices, generator)
         # One timestep from each of B equal strata: less variance in the loss than B independent ones.
         count = len(indices)
         offset = torch.rand(count, generator=generator)
         timestep = ((torch.arange(count) + offset) / count * self.config.train_timesteps).long()
-        return Batch(x0, timestep, torch.randn(x0.shape, generator=generator), condition)
+        noise = torch.randn(x0.shape, generator=generator)
+        moved = {name: tensor.to(self.device) for name, tensor in condition.items()}
+        return Batch(x0.to(self.device), timestep.to(self.device), noise.to(self.device), moved)
 
     def loss(self, step: int) -> Tensor:
         """Mean squared error of the prediction."""
         batch = self.batch(step)
-        alpha = self.alphas_cumprod[batch.timestep].view(-1, 1, 1, 1)
+        alpha = self.alphas_cumprod.to(self.device)[batch.timestep].view(-1, 1, 1, 1)
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         noisy = signal * batch.x0 + sigma * batch.noise
         targets = {"epsilon": batch.noise, "x0": batch.x0, "v": signal * batch.noise - sigma * batch.x0}

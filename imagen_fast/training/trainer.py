@@ -28,6 +28,10 @@ from .stages import STAGES, DiffusionStage, Stage
 CHECKPOINT = "checkpoint"
 LOSSES = "losses.jsonl"
 
+# What a resumed run may change: it does not decide the losses, but for steps, of which it warns.
+_RUNNING = ("log_every", "sample_every", "checkpoint_every", "sample_prompts", "device", "threads")
+_FREE = frozenset(("out", "data", "initialize_from", "steps", *_RUNNING))
+
 
 def train(
     config: str | TrainConfig,
@@ -122,7 +126,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.stage.modules.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(self.stage.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = self.stage.loss(self.step)
         value = loss.item()
         if not math.isfinite(value):
@@ -173,7 +177,7 @@ class TrainingRun:
                         parameter.copy_(file.get_tensor(f"weight.{name}"))
                         average.copy_(file.get_tensor(f"average.{name}"))
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(state["step"])),
+                        "step": torch.tensor(float(state["step"]), device=parameter.device),
                         "exp_avg": torch.empty_like(parameter).copy_(file.get_tensor(f"first_moment.{name}")),
                         "exp_avg_sq": torch.empty_like(parameter).copy_(file.get_tensor(f"second_moment.{name}")),
                     }
@@ -204,9 +208,8 @@ class TrainingRun:
 
     def _check_same_run(self, saved: dict, path: Path) -> None:
         """What decides the losses must not change under a run; what does not (how often to log) may."""
-        free = {"out", "data", "log_every", "sample_every", "checkpoint_every", "sample_prompts", "threads", "steps"}
         mine = to_dict(self.config)
-        changed = sorted(key for key in mine if key not in free and mine[key] != saved.get(key))
+        changed = sorted(key for key in mine if key not in _FREE and mine[key] != saved.get(key))
         if changed:
             raise CheckpointError(f"{path} is of another configuration: {', '.join(changed)} differ")
         if saved.get("steps") != mine["steps"]:

@@ -66,8 +66,12 @@ def test_variances_of_ddpm():
     rows = {v: StepTable.ddpm(ALPHAS, steps=50, variance=v).row(10) for v in ("fixed_small", "fixed_large")}
     learned = StepTable.ddpm(ALPHAS, steps=50, variance="learned_range").row(10)
     assert rows["fixed_small"]["noise_scale"] < rows["fixed_large"]["noise_scale"]
-    assert learned["min_log_variance"] == pytest.approx(2 * torch.tensor(rows["fixed_small"]["noise_scale"]).log().item())
-    assert learned["max_log_variance"] == pytest.approx(2 * torch.tensor(rows["fixed_large"]["noise_scale"]).log().item())
+    assert learned["min_log_variance"] == pytest.approx(
+        2 * torch.tensor(rows["fixed_small"]["noise_scale"]).log().item()
+    )
+    assert learned["max_log_variance"] == pytest.approx(
+        2 * torch.tensor(rows["fixed_large"]["noise_scale"]).log().item()
+    )
 
 
 def test_learned_variance_interpolates_log_variances():

@@ -180,7 +180,7 @@ def test_no_such_cascade_names_the_shipped_ones():
 
 def test_saving_never_replaces_something_else(imagen, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="notes.txt"):
+    with pytest.raises(OutputError, match=r"notes\.txt"):
         imagen.save_pretrained(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
