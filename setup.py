@@ -112,7 +112,8 @@ class Library:
         # An unchanged script keeps its time, so that a second call has nothing to do.
         if not script.exists() or script.read_text() != self.ninja():
             script.write_text(self.ninja())
-        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+        if subprocess.run([find_ninja(), "-C", str(folder)]).returncode:
+            raise SystemExit(f"imagen_fast: {self.name} could not be built; the compiler's messages are above")
         return folder / self.name
 
 
@@ -126,6 +127,8 @@ def cpu_library(compiler: list[str]) -> Library:
 
     torch_folder = Path(torch.__file__).parent
     instruction_sets = {name: flags for name, flags in INSTRUCTION_SETS.items() if understands(compiler, flags)}
+    if "default" not in instruction_sets:
+        raise SystemExit(f"imagen_fast: the C++ compiler does not work: {shlex.join(compiler)}")
     for name in INSTRUCTION_SETS.keys() - instruction_sets.keys():
         say(f"{compiler[0]} does not know the flags for {name}; that machine code is left out")
 

@@ -15,8 +15,9 @@ CpuCapability best_capability() {
 #if defined(__x86_64__)
   [[maybe_unused]] const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("avx512dq");
   IMAGEN_FAST_IF_AVX512_BF16(if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuCapability::kAvx512Bf16;)
   IMAGEN_FAST_IF_AVX512(if (avx512) return CpuCapability::kAvx512;)
   IMAGEN_FAST_IF_AVX2(if (avx2) return CpuCapability::kAvx2;)

@@ -1,5 +1,6 @@
-// Which instruction set the CPU kernels use: the best one that both this machine and this build have, unless a lower one
-// is asked for, by the environment variable IMAGEN_FAST_CPU_CAPABILITY or the operator imagen_fast::_set_cpu_capability.
+// Which instruction set the CPU kernels use: the best one that both this machine and this build have, unless a lower
+// one is asked for, by the environment variable IMAGEN_FAST_CPU_CAPABILITY or the operator
+// imagen_fast::_set_cpu_capability.
 #pragma once
 
 namespace imagen_fast {
@@ -12,8 +13,8 @@ CpuCapability cpu_capability();
 }  // namespace imagen_fast
 
 // Each cpu_kernel*.cpp is compiled once per instruction set, in a namespace of its own; setup.py defines
-// IMAGEN_FAST_HAS_… for those that the compiler knows. IMAGEN_FAST_DECLARE_KERNEL(signature) declares a function in each
-// of them, IMAGEN_FAST_KERNEL(function) is the one to call on this machine.
+// IMAGEN_FAST_HAS_… for those that the compiler knows. IMAGEN_FAST_DECLARE_KERNEL(signature) declares a function in
+// each of them, IMAGEN_FAST_KERNEL(function) is the one to call on this machine.
 #ifdef IMAGEN_FAST_HAS_AVX2
 #define IMAGEN_FAST_IF_AVX2(...) __VA_ARGS__
 #else

@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace imagen_fast {
 
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 
-// Splits [0, n) into ranges of at least `grain`, one per thread; runs in the calling thread where that leaves one range.
+// Splits [0, n) into ranges of at least `grain`, one per thread. A single range runs in the calling thread.
 void parallel_for(int64_t n, int64_t grain, ParallelBody body, void* context);
 
 int64_t num_threads();
@@ -23,7 +24,7 @@ constexpr int64_t kElementsPerThread = 16384;
 template <typename Body>
 inline void parallel_for(int64_t n, int64_t elements_per_task, Body&& body) {
   if (n <= 0) return;
-  const int64_t grain = (kElementsPerThread + elements_per_task - 1) / (elements_per_task > 0 ? elements_per_task : 1);
+  const int64_t grain = (kElementsPerThread + elements_per_task - 1) / elements_per_task;
   if (n <= grain) return body(int64_t{0}, n);
   auto call = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);

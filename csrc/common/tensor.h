@@ -19,12 +19,13 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
-// An uninitialised CPU tensor; about a microsecond cheaper than torch::stable::empty, which looks up an operator by name.
+// An uninitialised CPU tensor; about a microsecond cheaper than torch::stable::empty, which looks up an operator by
+// name.
 inline Tensor uninitialized(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

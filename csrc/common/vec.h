@@ -70,6 +70,7 @@ struct Twice {
   friend IMAGEN_FAST_INLINE Twice operator-(Twice a, Twice b) { return {a.first - b.first, a.second - b.second}; }
   friend IMAGEN_FAST_INLINE Twice operator*(Twice a, Twice b) { return {a.first * b.first, a.second * b.second}; }
   friend IMAGEN_FAST_INLINE Mask operator>=(Twice a, Twice b) { return {a.first >= b.first, a.second >= b.second}; }
+  friend IMAGEN_FAST_INLINE Mask operator<(Twice a, Twice b) { return {a.first < b.first, a.second < b.second}; }
   friend IMAGEN_FAST_INLINE Twice fma(Twice a, Twice b, Twice c) {
     return {fma(a.first, b.first, c.first), fma(a.second, b.second, c.second)};
   }
@@ -79,19 +80,24 @@ struct Twice {
   friend IMAGEN_FAST_INLINE Twice select(Mask mask, Twice yes, Twice no) {
     return {select(mask.first, yes.first, no.first), select(mask.second, yes.second, no.second)};
   }
-  friend IMAGEN_FAST_INLINE Twice max(Twice a, Twice b) { return {max(a.first, b.first), max(a.second, b.second)}; }
   friend IMAGEN_FAST_INLINE Twice min(Twice a, Twice b) { return {min(a.first, b.first), min(a.second, b.second)}; }
   friend IMAGEN_FAST_INLINE Twice abs(Twice a) { return {abs(a.first), abs(a.second)}; }
   friend IMAGEN_FAST_INLINE Twice negative_abs(Twice a) { return {negative_abs(a.first), negative_abs(a.second)}; }
-  friend IMAGEN_FAST_INLINE Twice round(Twice a) { return {round(a.first), round(a.second)}; }
   friend IMAGEN_FAST_INLINE Twice divide(Twice a, Twice b) {
     return {divide(a.first, b.first), divide(a.second, b.second)};
   }
   friend IMAGEN_FAST_INLINE Twice divide_roughly(Twice a, Twice b) {
     return {divide_roughly(a.first, b.first), divide_roughly(a.second, b.second)};
   }
-  friend IMAGEN_FAST_INLINE Twice scale_exponent(Twice a, Twice n) {
-    return {scale_exponent(a.first, n.first), scale_exponent(a.second, n.second)};
+  friend IMAGEN_FAST_INLINE Twice multiply_where(Mask mask, Twice a, Twice b) {
+    return {multiply_where(mask.first, a.first, b.first), multiply_where(mask.second, a.second, b.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice round_product(Twice a, Twice b) {
+    return {round_product(a.first, b.first), round_product(a.second, b.second)};
+  }
+  friend IMAGEN_FAST_INLINE Twice integer_of(Twice n) { return {integer_of(n.first), integer_of(n.second)}; }
+  friend IMAGEN_FAST_INLINE Twice add_to_exponent(Twice a, Twice n) {
+    return {add_to_exponent(a.first, n.first), add_to_exponent(a.second, n.second)};
   }
   friend IMAGEN_FAST_INLINE Scalar sum(Twice a) { return sum(a.first + a.second); }
   friend IMAGEN_FAST_INLINE auto sum_of_vectors(Twice a) { return sum_of_vectors(a.first + a.second); }

@@ -72,9 +72,7 @@ struct Vec<float> {
   IMAGEN_FAST_INLINE void store(BFloat16* to) const { store_8x16(to, float_to_bf16(raw)); }
   IMAGEN_FAST_INLINE void store(Half* to) const { store_8x16(to, float_to_half(raw)); }
 
-  IMAGEN_FAST_INLINE void store_first(float* to, int count) const {
-    _mm256_maskstore_ps(to, first_mask(count), raw);
-  }
+  IMAGEN_FAST_INLINE void store_first(float* to, int count) const { _mm256_maskstore_ps(to, first_mask(count), raw); }
   IMAGEN_FAST_INLINE void store_first(BFloat16* to, int count) const {
     store_first_8x16(to, float_to_bf16(raw), count);
   }
@@ -103,28 +101,24 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Mask operator>=(Vec a, Vec b) { return _mm256_cmp_ps(a.raw, b.raw, _CMP_GE_OQ); }
+  friend IMAGEN_FAST_INLINE Mask operator<(Vec a, Vec b) { return _mm256_cmp_ps(a.raw, b.raw, _CMP_LT_OQ); }
   friend IMAGEN_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.raw, b.raw, c.raw)); }
   friend IMAGEN_FAST_INLINE Vec fms(Vec a, Vec b, Vec c) { return Vec(_mm256_fmsub_ps(a.raw, b.raw, c.raw)); }
   friend IMAGEN_FAST_INLINE Vec select(Mask mask, Vec yes, Vec no) {
     return Vec(_mm256_blendv_ps(no.raw, yes.raw, mask));
   }
-  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.raw, b.raw)); }
+  friend IMAGEN_FAST_INLINE Vec multiply_where(Mask mask, Vec a, Vec b) { return select(mask, a * b, a); }
   friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.raw)); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(_mm256_or_ps(_mm256_set1_ps(-0.0f), a.raw)); }
-  friend IMAGEN_FAST_INLINE Vec round(Vec a) {
-    return Vec(_mm256_round_ps(a.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
   friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(_mm256_div_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) { return divide(a, b); }
-  // Twice 2^(n/2): one factor alone could not be represented.
-  friend IMAGEN_FAST_INLINE Vec scale_exponent(Vec a, Vec n) {
-    const __m256i bias = _mm256_set1_epi32(127);
-    const __m256i exponent = _mm256_cvtps_epi32(n.raw);
-    const __m256i half = _mm256_srai_epi32(exponent, 1);
-    const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-    const __m256i second = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(exponent, half), bias), 23);
-    return Vec(_mm256_mul_ps(_mm256_mul_ps(a.raw, _mm256_castsi256_ps(first)), _mm256_castsi256_ps(second)));
+  // 1.5 * 2^23 added leaves no bits for a fraction, and the integer in the low bits.
+  friend IMAGEN_FAST_INLINE Vec round_product(Vec a, Vec b) { return fma(a, b, Vec(0x1.8p23f)); }
+  friend IMAGEN_FAST_INLINE Vec integer_of(Vec n) { return n - Vec(0x1.8p23f); }
+  friend IMAGEN_FAST_INLINE Vec add_to_exponent(Vec a, Vec n) {
+    const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n.raw), 23);
+    return Vec(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.raw), shifted)));
   }
   friend IMAGEN_FAST_INLINE Vec keep_first(Vec a, int count) {
     return Vec(_mm256_and_ps(a.raw, _mm256_castsi256_ps(first_mask(count))));

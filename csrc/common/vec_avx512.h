@@ -67,9 +67,7 @@ struct Vec<float> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), float_to_half(raw));
   }
 
-  IMAGEN_FAST_INLINE void store_first(float* to, int count) const {
-    _mm512_mask_storeu_ps(to, first_mask(count), raw);
-  }
+  IMAGEN_FAST_INLINE void store_first(float* to, int count) const { _mm512_mask_storeu_ps(to, first_mask(count), raw); }
   IMAGEN_FAST_INLINE void store_first(BFloat16* to, int count) const {
     _mm256_mask_storeu_epi16(to, first_mask(count), float_to_bf16(raw));
   }
@@ -100,18 +98,18 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Mask operator>=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_GE_OQ); }
+  friend IMAGEN_FAST_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.raw, b.raw, _CMP_LT_OQ); }
   friend IMAGEN_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.raw, b.raw, c.raw)); }
   friend IMAGEN_FAST_INLINE Vec fms(Vec a, Vec b, Vec c) { return Vec(_mm512_fmsub_ps(a.raw, b.raw, c.raw)); }
   friend IMAGEN_FAST_INLINE Vec select(Mask mask, Vec yes, Vec no) {
     return Vec(_mm512_mask_blend_ps(mask, no.raw, yes.raw));
   }
-  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.raw, b.raw)); }
+  friend IMAGEN_FAST_INLINE Vec multiply_where(Mask mask, Vec a, Vec b) {
+    return Vec(_mm512_mask_mul_ps(a.raw, mask, a.raw, b.raw));
+  }
   friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(_mm512_abs_ps(a.raw)); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(_mm512_or_ps(a.raw, _mm512_set1_ps(-0.0f))); }
-  friend IMAGEN_FAST_INLINE Vec round(Vec a) {
-    return Vec(_mm512_roundscale_ps(a.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
   // 14 bits of 1 / b, and one Newton step for the rest: a division takes two to three times as long.
   friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) {
     const __m512 estimate = _mm512_rcp14_ps(b.raw);
@@ -121,7 +119,11 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) {
     return Vec(_mm512_mul_ps(a.raw, _mm512_rcp14_ps(b.raw)));
   }
-  friend IMAGEN_FAST_INLINE Vec scale_exponent(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.raw, n.raw)); }
+  friend IMAGEN_FAST_INLINE Vec round_product(Vec a, Vec b) {
+    return Vec(_mm512_roundscale_ps((a * b).raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  friend IMAGEN_FAST_INLINE Vec integer_of(Vec n) { return n; }
+  friend IMAGEN_FAST_INLINE Vec add_to_exponent(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.raw, n.raw)); }
   friend IMAGEN_FAST_INLINE Vec keep_first(Vec a, int count) {
     return Vec(_mm512_maskz_mov_ps(first_mask(count), a.raw));
   }

@@ -82,6 +82,7 @@ struct Vec {
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.raw - b.raw); }
   friend IMAGEN_FAST_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.raw * b.raw); }
   friend IMAGEN_FAST_INLINE Mask operator>=(Vec a, Vec b) { return a.raw >= b.raw; }
+  friend IMAGEN_FAST_INLINE Mask operator<(Vec a, Vec b) { return a.raw < b.raw; }
 
   // a * b + c, rounded once where the machine has an instruction for it
   friend IMAGEN_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -98,34 +99,29 @@ struct Vec {
 
   friend IMAGEN_FAST_INLINE Vec select(Mask mask, Vec yes, Vec no) { return Vec(mask ? yes.raw : no.raw); }
 
-  // Of max and min: b where a is NaN, as the x86 instructions have it
-  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(a.raw > b.raw ? a.raw : b.raw); }
+  // a * b under the mask, a elsewhere
+  friend IMAGEN_FAST_INLINE Vec multiply_where(Mask mask, Vec a, Vec b) { return select(mask, a * b, a); }
+
+  // b where a is NaN, as the x86 instruction has it
   friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(a.raw < b.raw ? a.raw : b.raw); }
 
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(a.raw < 0 ? -a.raw : a.raw); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(a.raw < 0 ? a.raw : -a.raw); }
-
-  // The nearest integer, for |a| < 2^22
-  friend IMAGEN_FAST_INLINE Vec round(Vec a) {
-    const Vec magic(sizeof(S) == sizeof(float) ? S(0x1.8p23) : S(0x1.8p52));
-    return (a + magic) - magic;
-  }
 
   // a / b for a normal, finite b, to 2 ulp
   friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(a.raw / b.raw); }
   // The same to 12 bits or more
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) { return divide(a, b); }
 
-  // a * 2^n for an integral n in [-252, 252]; underflows gradually. Floats only.
-  friend IMAGEN_FAST_INLINE Vec scale_exponent(Vec a, Vec n) {
+  // What exp is made of, for floats with |a * b| < 2^22 and normal results. round_product gives the integer nearest to
+  // a * b in a form of its own: here with 1.5 * 2^23 added, so that no bits are left for a fraction.
+  friend IMAGEN_FAST_INLINE Vec round_product(Vec a, Vec b) { return fma(a, b, Vec(S(0x1.8p23))); }
+  friend IMAGEN_FAST_INLINE Vec integer_of(Vec n) { return n - Vec(S(0x1.8p23)); }
+  // a * 2^n
+  friend IMAGEN_FAST_INLINE Vec add_to_exponent(Vec a, Vec n) {
     static_assert(sizeof(S) == sizeof(float));
-    // Twice 2^(n/2): one factor alone could not be represented.
     typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-    const Integers exponent = __builtin_convertvector(n.raw, Integers);
-    const Integers half = exponent >> 1;
-    const Integers first = (half + 127) << 23;
-    const Integers second = (exponent - half + 127) << 23;
-    return Vec(a.raw * bit_cast<Raw>(first) * bit_cast<Raw>(second));
+    return Vec(bit_cast<Raw>(bit_cast<Integers>(a.raw) + (bit_cast<Integers>(n.raw) << 23)));
   }
 
   // Zero in the other lanes

@@ -27,14 +27,13 @@ IMAGEN_FAST_INLINE V divide_for(V a, V b) {
   }
 }
 
-// exp(v) for v <= 0
+// exp(v) for v <= 0; 0 where a float of it would not be normal
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V exp_nonpositive(V v) {
   if constexpr (kIsFloat<V>) {
-    v = max(v, V(-104.0f));  // whose exp rounds to 0
     const V log2e(0x1.715476p0f);
-    const V n = round(v * log2e);
-    const V r = fms(v, log2e, n);  // in one rounding, so that nothing is lost near an integer
+    const V n = round_product(v, log2e);
+    const V r = fms(v, log2e, integer_of(n));  // in one rounding, so that nothing is lost near an integer
     // 2^r for |r| <= 1/2, minimax to 3e-6 or 2e-9. (Horner needs the fewest registers; a Wide fills its waits.)
     V p;
     if constexpr (kRoughly<T>) {
@@ -49,7 +48,7 @@ IMAGEN_FAST_INLINE V exp_nonpositive(V v) {
       p = fma(p, r, V(0.6931471824645996f));
     }
     p = fma(p, r, V(1.0f));
-    return scale_exponent(p, n);
+    return select(v >= V(-87.0f), add_to_exponent(p, n), V(0.0f));
   } else {
     return map(v, [](double lane) { return std::exp(lane); });
   }
@@ -81,7 +80,7 @@ IMAGEN_FAST_INLINE Logistic<V> logistic(V v) {
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V times_logistic(V a, V v) {
   const V e = exp_negative_abs<T>(v);
-  return divide_for<T>(select(v >= V(0), a, a * e), V(1) + e);
+  return divide_for<T>(multiply_where(v < V(0), a, e), V(1) + e);
 }
 
 // The standard normal distribution at v: density times sqrt(2 pi), and the probability above |v|

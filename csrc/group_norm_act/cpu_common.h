@@ -46,11 +46,13 @@ inline bool should_split_slabs(int64_t slabs, int64_t slab_size) {
   return slab_size > kElementsPerThread && 4 * ceil_div(slabs, threads) * threads > 5 * slabs;
 }
 
-// Channels-last memory is a sequence of positions of `channels` values each. It is worked on in rows of `width` columns:
-// one position, or several where the channels alone would leave most of a vector empty.
+// Channels-last memory is a sequence of positions of `channels` values each. It is worked on in rows of `width`
+// columns: one position, or several where the channels alone would leave most of a vector empty.
 struct Columns {
   explicit Columns(int64_t channels)
-      : channels(channels), positions(channels < kFewChannels ? ceil_div(kFewChannels, channels) : 1), width(channels * positions) {}
+      : channels(channels),
+        positions(channels < kFewChannels ? ceil_div(kFewChannels, channels) : 1),
+        width(channels * positions) {}
 
   // array[c], c < channels, again for each further position of a row
   template <typename S>

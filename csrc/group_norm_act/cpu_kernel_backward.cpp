@@ -94,10 +94,7 @@ class ChannelsFirst {
 
  public:
   explicit ChannelsFirst(const Backward& f)
-      : f_(f),
-        group_size_(f.channels / f.groups),
-        slabs_(f.batch * f.groups),
-        parts_(ceil_div(f.positions, kPart)) {}
+      : f_(f), group_size_(f.channels / f.groups), slabs_(f.batch * f.groups), parts_(ceil_div(f.positions, kPart)) {}
 
   void run() const { should_split_slabs(slabs_, group_size_ * f_.positions) ? run_split() : run_whole(); }
 
