@@ -180,6 +180,47 @@ def _train(args: argparse.Namespace) -> None:
     print(train(args.config, overrides=args.set, out=args.out, resume=args.resume, progress=sys.stderr.isatty()))
 
 
+def _add_assemble(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="the directory of a run of stage base")
+    parser.add_argument("super_resolution", nargs="*", metavar="SR", help="directories of runs of super-resolution")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the model's directory to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights"
+    )
+
+
+def _assemble(args: argparse.Namespace) -> None:
+    import torch
+
+    from .training.assemble import assemble
+
+    model = assemble(args.base, *args.super_resolution)
+    model.save_pretrained(args.out, dtype=getattr(torch, args.dtype))
+    print(f"{args.out}: {' to '.join(f'{stage.size}²' for stage in model.config.stages)}")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="the data set that the model was trained on")
+    parser.add_argument("--out", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--count", type=_count, metavar="N", help="captions a language (default: one a picture)")
+    _add_sampling(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _set_threads(args.threads)
+    from .training.evaluate import run
+
+    run(
+        args.model,
+        args.data,
+        out=args.out,
+        count=args.count,
+        steps=args.steps,
+        seed=args.seed,
+        progress=sys.stderr.isatty(),
+    )
+
+
 @dataclass(frozen=True)
 class Command:
     """One word after `imagen-fast`."""
@@ -195,7 +236,9 @@ COMMANDS = {
     "env": Command("show machine, versions and backends; for a missing backend, why", _add_env, _env),
     "bench": Command("time the kernels against PyTorch and the limits of the machine", _add_bench, _bench),
     "data": Command("build a data set to train on", _add_data, _data),
-    "train": Command("train a model from a configuration", _add_train, _train),
+    "train": Command("train a stage of a model from a configuration", _add_train, _train),
+    "assemble": Command("make a model of trained stages", _add_assemble, _assemble),
+    "evaluate": Command("count how often a trained model draws what the sentence names", _add_evaluate, _evaluate),
 }
 
 

@@ -6,12 +6,17 @@ squared error is that of the caption. The captions are those held out from train
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from tqdm.auto import tqdm
 
+from ..bench.provenance import collect
+from ..files import atomic_file, check_writable
 from ..models import Imagen
 from .emoji.dataset import EmojiDataset
 from .stages import resized
@@ -21,10 +26,55 @@ from .stages import resized
 class Evaluation:
     """Share of right pictures, and what was drawn instead of what."""
 
+    split: str
     language: str
     count: int
     accuracy: float
     mistakes: tuple[tuple[str, str], ...]  # caption, name of the nearest picture
+
+
+def run(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    count: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Evaluate on training and held-out captions in both languages; print a table, and write JSON to `out`.
+
+    Args:
+        model: a directory, or the name of a cascade that ships.
+        data: the data set's directory.
+        count: captions of each kind; one a picture if None.
+        steps, seed: as of `Imagen.sample`.
+    """
+    if out is not None:
+        check_writable(out)
+    cascade, dataset = Imagen.from_pretrained(model), EmojiDataset(data)
+    results = [
+        evaluate(
+            cascade,
+            dataset,
+            language=language,
+            split=split,
+            count=count or len(dataset),
+            steps=steps,
+            seed=seed,
+            progress=progress,
+        )
+        for split in ("train", "held_out")
+        for language in ("en", "zh")
+    ]
+    rows = [(r.split, r.language, r.count, f"{r.accuracy:.1%}") for r in results]
+    print(tabulate(rows, headers=("captions", "language", "count", "nearest picture is the right one")))
+    if out is not None:
+        values = {"provenance": asdict(collect()), "seed": seed, "results": [asdict(result) for result in results]}
+        with atomic_file(out) as temporary:
+            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return results
 
 
 def evaluate(
@@ -67,4 +117,4 @@ def evaluate(
         for caption, wanted, found in zip(batch, indices[start : start + batch_size], nearest, strict=True):
             if wanted != found:
                 mistakes.append((caption, dataset.name(found, language)))
-    return Evaluation(language, count, 1 - len(mistakes) / count, tuple(mistakes))
+    return Evaluation(split, language, count, 1 - len(mistakes) / count, tuple(mistakes))
