@@ -56,7 +56,7 @@ class TextConditioning(nn.Module):
     """Text features to tokens for attention and to a pooled vector for the time embedding.
 
     A prompt that is dropped (classifier-free guidance) is one whose mask is False everywhere: attention then sees the
-    null token alone, and the pooled vector is a learned constant.
+    null token alone, and the pooled vector is a constant.
     """
 
     def __init__(self, text_dim: int, width: int) -> None:
@@ -64,7 +64,9 @@ class TextConditioning(nn.Module):
         self.project = nn.Linear(text_dim, width)
         self.norm = nn.LayerNorm(width)
         self.null_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.pooled = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.pool = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width), nn.SiLU(), nn.Linear(width, width))
+        # Sentences must differ in it as much as timesteps do in theirs, or the text is learned long after the pictures.
+        nn.init.normal_(self.pool[-1].weight, std=2 / width**0.5)
 
     def forward(self, text: Tensor, mask: Tensor) -> tuple[TextCondition, Tensor]:
         """text (B, L, D), mask (B, L) bool → tokens with their mask, and the pooled vector (B, E)."""
@@ -72,10 +74,9 @@ class TextConditioning(nn.Module):
         tokens = self.norm(self.project(text))
         null = self.null_token.to(tokens.dtype).expand(batch, 1, -1)
         tokens = torch.cat((null, tokens), dim=1)
-        mask = F.pad(mask, (1, 0), value=True)
-        weights = mask.to(tokens.dtype)[:, :, None]
-        pooled = self.pooled((tokens * weights).sum(1) / weights.sum(1))
-        return TextCondition(tokens, mask), pooled
+        weights = mask.to(text.dtype)[:, :, None]
+        pooled = self.pool((text * weights).sum(1) / weights.sum(1).clamp_min(1))
+        return TextCondition(tokens, F.pad(mask, (1, 0), value=True)), pooled
 
 
 class ResnetBlock(nn.Module):
