@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import json
@@ -403,7 +404,7 @@ def test_blocks_that_are_not_the_original_are_left(change, reason):
 
 
 def test_dropout_and_modes_stay():
-    plain = randomized(UNet(UNetConfig(16, (1, 2), 1, (1,), 8, text_dim=16, groups=4, dropout=0.5)))
+    plain = randomized(UNet(dataclasses.replace(UNET, dropout=0.5)))
     model = accelerated(copy.deepcopy(plain))
     for training in (True, False):
         results = []
@@ -613,6 +614,11 @@ def test_verify_measures_every_module():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_verify_is_not_misled_by_dropout():
+    model = randomized(UNet(dataclasses.replace(UNET, dropout=0.5))).train()
+    assert all(entry.accuracy.eager < 1e-5 for entry in imagen_fast.accelerate(model, verify=True).swapped)
+
+
 @pytest.mark.parametrize(
     ("build", "verify"),
     [
@@ -627,10 +633,13 @@ def test_verify_with_inputs(build, verify):
     assert all(entry.accuracy is not None for entry in report.swapped)
 
 
+@pytest.mark.parametrize("accelerated_before", [False, True], ids=["", "accelerated before"])
 @pytest.mark.parametrize("value", [1.01, float("nan")], ids=["inaccurate", "nan"])
-def test_verify_restores_where_accuracy_falls_short(monkeypatch, value):
+def test_verify_restores_where_accuracy_falls_short(monkeypatch, value, accelerated_before):
     model = unet()
     before = output(model)
+    if accelerated_before:
+        imagen_fast.accelerate(model)
     op = ops.group_norm_act
     monkeypatch.setattr(
         ops, "group_norm_act", lambda x, *args, **kwargs: op(x, *args, **kwargs) * (value if x.shape[1] == 16 else 1)
