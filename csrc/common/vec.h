@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "number_formats.h"
 
@@ -15,6 +16,13 @@ namespace imagen_fast::IMAGEN_FAST_ISA {
 
 template <typename S>
 struct Vec;
+
+// A number as an integer, in whatever form times_power_of_two takes it, and a fraction in [-1/2, 1/2]
+template <typename V>
+struct Split {
+  V fraction;
+  V integer;
+};
 
 // Two of V (a Vec, or Twice itself), in step
 template <typename V>
@@ -92,12 +100,12 @@ struct Twice {
   friend IMAGEN_FAST_INLINE Twice multiply_where(Mask mask, Twice a, Twice b) {
     return {multiply_where(mask.first, a.first, b.first), multiply_where(mask.second, a.second, b.second)};
   }
-  friend IMAGEN_FAST_INLINE Twice round_product(Twice a, Twice b) {
-    return {round_product(a.first, b.first), round_product(a.second, b.second)};
+  friend IMAGEN_FAST_INLINE Split<Twice> split_product(Twice a, Twice b) {
+    const auto first = split_product(a.first, b.first), second = split_product(a.second, b.second);
+    return {{first.fraction, second.fraction}, {first.integer, second.integer}};
   }
-  friend IMAGEN_FAST_INLINE Twice integer_of(Twice n) { return {integer_of(n.first), integer_of(n.second)}; }
-  friend IMAGEN_FAST_INLINE Twice add_to_exponent(Twice a, Twice n) {
-    return {add_to_exponent(a.first, n.first), add_to_exponent(a.second, n.second)};
+  friend IMAGEN_FAST_INLINE Twice times_power_of_two(Twice a, Twice n) {
+    return {times_power_of_two(a.first, n.first), times_power_of_two(a.second, n.second)};
   }
   friend IMAGEN_FAST_INLINE Scalar sum(Twice a) { return sum(a.first + a.second); }
   friend IMAGEN_FAST_INLINE auto sum_of_vectors(Twice a) { return sum_of_vectors(a.first + a.second); }

@@ -48,6 +48,9 @@ struct Vec<float> {
   static constexpr int kVectors = 1;
   static constexpr int kWidth = 8;
 
+  // Added to a float, it leaves no bits for a fraction, and the integer in the low ones.
+  static constexpr float kNoFraction = 0x1.8p23f;
+
   __m256 raw;
 
   Vec() = default;
@@ -113,12 +116,14 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(_mm256_or_ps(_mm256_set1_ps(-0.0f), a.raw)); }
   friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(_mm256_div_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) { return divide(a, b); }
-  // 1.5 * 2^23 added leaves no bits for a fraction, and the integer in the low bits.
-  friend IMAGEN_FAST_INLINE Vec round_product(Vec a, Vec b) { return fma(a, b, Vec(0x1.8p23f)); }
-  friend IMAGEN_FAST_INLINE Vec integer_of(Vec n) { return n - Vec(0x1.8p23f); }
-  friend IMAGEN_FAST_INLINE Vec add_to_exponent(Vec a, Vec n) {
-    const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n.raw), 23);
-    return Vec(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.raw), shifted)));
+  friend IMAGEN_FAST_INLINE Split<Vec> split_product(Vec a, Vec b) {
+    const Vec integer = fma(a, b, kNoFraction);
+    return {fms(a, b, integer - kNoFraction), integer};
+  }
+  friend IMAGEN_FAST_INLINE Vec times_power_of_two(Vec a, Vec n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n.raw), 23);
+    const __m256 shifted = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.raw), exponent));
+    return Vec(_mm256_and_ps(shifted, n >= kNoFraction - 125));
   }
   friend IMAGEN_FAST_INLINE Vec keep_first(Vec a, int count) {
     return Vec(_mm256_and_ps(a.raw, _mm256_castsi256_ps(first_mask(count))));

@@ -119,11 +119,13 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) {
     return Vec(_mm512_mul_ps(a.raw, _mm512_rcp14_ps(b.raw)));
   }
-  friend IMAGEN_FAST_INLINE Vec round_product(Vec a, Vec b) {
-    return Vec(_mm512_roundscale_ps((a * b).raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  // -inf is split into 0 and -inf, and 2^-inf is 0.
+  friend IMAGEN_FAST_INLINE Split<Vec> split_product(Vec a, Vec b) {
+    const Vec product = a * b;
+    const Vec fraction(_mm512_reduce_ps(product.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return {fraction, product - fraction};
   }
-  friend IMAGEN_FAST_INLINE Vec integer_of(Vec n) { return n; }
-  friend IMAGEN_FAST_INLINE Vec add_to_exponent(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.raw, n.raw)); }
+  friend IMAGEN_FAST_INLINE Vec times_power_of_two(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.raw, n.raw)); }
   friend IMAGEN_FAST_INLINE Vec keep_first(Vec a, int count) {
     return Vec(_mm512_maskz_mov_ps(first_mask(count), a.raw));
   }

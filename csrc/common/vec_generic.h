@@ -31,6 +31,16 @@ struct Vec {
   static constexpr int kVectors = 1;
   static constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(S));
 
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+  // Element by element, compilers do better on an array than on a vector.
+  struct Lanes {
+    S value[kWidth];
+  };
+
+  // Added to a float, it leaves no bits for a fraction, and the integer in the low ones.
+  static constexpr S kNoFraction = S(0x1.8p23);
+
   Raw raw;
 
   Vec() = default;
@@ -39,20 +49,34 @@ struct Vec {
 
   template <typename T>
   static IMAGEN_FAST_INLINE Vec load(const T* from) {
-    S lane[kWidth];
-    for (int i = 0; i < kWidth; ++i) lane[i] = widen(from[i]);
-    return Vec(bit_cast<Raw>(lane));
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      HalfWords bits;
+      std::memcpy(&bits, from, sizeof(bits));
+      return Vec(bit_cast<Raw>(__builtin_convertvector(bits, Words) << 16));
+    } else {
+      Lanes lane;
+      for (int i = 0; i < kWidth; ++i) lane.value[i] = widen(from[i]);
+      return Vec(bit_cast<Raw>(lane));
+    }
   }
   template <typename T>
   static IMAGEN_FAST_INLINE Vec load_first(const T* from, int count) {
-    S lane[kWidth] = {};
-    for (int i = 0; i < count; ++i) lane[i] = widen(from[i]);
+    Lanes lane = {};
+    for (int i = 0; i < count; ++i) lane.value[i] = widen(from[i]);
     return Vec(bit_cast<Raw>(lane));
   }
 
   template <typename T>
   IMAGEN_FAST_INLINE void store(T* to) const {
-    for (int i = 0; i < kWidth; ++i) narrow(raw[i], to + i);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const Words bits = bit_cast<Words>(raw);
+      const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // to nearest, ties to even
+      const HalfWords high = __builtin_convertvector(raw == raw ? rounded : Words{} + 0x7fc0u, HalfWords);
+      std::memcpy(to, &high, sizeof(high));
+    } else {
+      const auto lane = bit_cast<Lanes>(raw);
+      for (int i = 0; i < kWidth; ++i) narrow(lane.value[i], to + i);
+    }
   }
   template <typename T>
   IMAGEN_FAST_INLINE void store_first(T* to, int count) const {
@@ -113,15 +137,17 @@ struct Vec {
   // The same to 12 bits or more
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) { return divide(a, b); }
 
-  // What exp is made of, for floats with |a * b| < 2^22 and normal results. round_product gives the integer nearest to
-  // a * b in a form of its own: here with 1.5 * 2^23 added, so that no bits are left for a fraction.
-  friend IMAGEN_FAST_INLINE Vec round_product(Vec a, Vec b) { return fma(a, b, Vec(S(0x1.8p23))); }
-  friend IMAGEN_FAST_INLINE Vec integer_of(Vec n) { return n - Vec(S(0x1.8p23)); }
-  // a * 2^n
-  friend IMAGEN_FAST_INLINE Vec add_to_exponent(Vec a, Vec n) {
+  // What exp is made of, for floats with a * b < 2^22: a * b, split in one rounding so that nothing is lost near an
+  // integer, ...
+  friend IMAGEN_FAST_INLINE Split<Vec> split_product(Vec a, Vec b) {
+    const Vec integer = fma(a, b, kNoFraction);
+    return {fms(a, b, integer - kNoFraction), integer};
+  }
+  // ... and a * 2^n for a in [1/2, 2], n <= 0; 0 where a float of it would not be normal.
+  friend IMAGEN_FAST_INLINE Vec times_power_of_two(Vec a, Vec n) {
     static_assert(sizeof(S) == sizeof(float));
-    typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
-    return Vec(bit_cast<Raw>(bit_cast<Integers>(a.raw) + (bit_cast<Integers>(n.raw) << 23)));
+    const Vec shifted(bit_cast<Raw>(bit_cast<Words>(a.raw) + (bit_cast<Words>(n.raw) << 23)));
+    return select(n >= kNoFraction - S(125), shifted, Vec(S(0)));
   }
 
   // Zero in the other lanes

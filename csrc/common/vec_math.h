@@ -27,13 +27,11 @@ IMAGEN_FAST_INLINE V divide_for(V a, V b) {
   }
 }
 
-// exp(v) for v <= 0; 0 where a float of it would not be normal
+// exp(v) for v <= 0; may be 0 where a float of it would not be normal
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V exp_nonpositive(V v) {
   if constexpr (kIsFloat<V>) {
-    const V log2e(0x1.715476p0f);
-    const V n = round_product(v, log2e);
-    const V r = fms(v, log2e, integer_of(n));  // in one rounding, so that nothing is lost near an integer
+    const auto [r, n] = split_product(v, V(0x1.715476p0f));  // log2(e)
     // 2^r for |r| <= 1/2, minimax to 3e-6 or 2e-9. (Horner needs the fewest registers; a Wide fills its waits.)
     V p;
     if constexpr (kRoughly<T>) {
@@ -48,7 +46,7 @@ IMAGEN_FAST_INLINE V exp_nonpositive(V v) {
       p = fma(p, r, V(0.6931471824645996f));
     }
     p = fma(p, r, V(1.0f));
-    return select(v >= V(-87.0f), add_to_exponent(p, n), V(0.0f));
+    return times_power_of_two(p, n);
   } else {
     return map(v, [](double lane) { return std::exp(lane); });
   }

@@ -76,9 +76,9 @@ struct Columns {
 // Channels-last samples are cut into blocks of positions. Their size depends on the shape alone, so that sums do not
 // depend on the number of threads.
 struct Blocks {
-  // About `bytes` each, and at most `most` positions: a sum over a block is a chain of that many additions.
-  Blocks(const Problem& problem, int64_t element_size, int64_t bytes, int64_t most)
-      : positions(problem.positions), size(bytes / (element_size * problem.channels)) {
+  // About `elements` each, and at most `most` positions: a sum over a block is a chain of that many additions.
+  Blocks(const Problem& problem, int64_t elements, int64_t most)
+      : positions(problem.positions), size(elements / problem.channels) {
     size = size < 4 ? 4 : size > most ? most : size;
     per_sample = ceil_div(positions, size);
   }

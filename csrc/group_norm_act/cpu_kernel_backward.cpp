@@ -223,8 +223,7 @@ class ChannelsLast {
   using S = AccumulateType<T>;
 
  public:
-  explicit ChannelsLast(const Backward& f)
-      : f_(f), columns_(f.channels), blocks_(f, sizeof(T), 65536, 128 * columns_.positions) {}
+  explicit ChannelsLast(const Backward& f) : f_(f), columns_(f.channels), blocks_(f, 32768, 128 * columns_.positions) {}
 
   void run() const {
     const int64_t blocks = f_.batch * blocks_.per_sample;

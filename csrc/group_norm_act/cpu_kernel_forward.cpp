@@ -35,7 +35,8 @@ template <typename T, typename Act>
 class ChannelsFirst {
   using S = AccumulateType<T>;
 
-  static constexpr int64_t kChunk = 16384 / sizeof(T);  // elements; fits the first-level cache
+  // Elements; 256 additions deep, and the part that is read twice fits the first-level cache.
+  static constexpr int64_t kChunk = 256 * Wide<S>::kWidth;
 
  public:
   explicit ChannelsFirst(const Forward& f)
@@ -127,7 +128,7 @@ class ChannelsLast {
   using S = AccumulateType<T>;
 
  public:
-  explicit ChannelsLast(const Forward& f) : f_(f), columns_(f.channels), blocks_(f, sizeof(T), 32768, 1024) {}
+  explicit ChannelsLast(const Forward& f) : f_(f), columns_(f.channels), blocks_(f, 32768, 1024) {}
 
   void run() const {
     const int64_t blocks = f_.batch * blocks_.per_sample;
