@@ -38,6 +38,7 @@ class TrainConfig:
         steps, batch_size, learning_rate, warmup_steps, weight_decay, gradient_clip: AdamW's run; the learning rate
             rises over warmup_steps and falls by a cosine to final_learning_rate over all steps.
         ema_decay: of the exponential moving average of the weights, which is what is sampled and shipped.
+        train_text_encoder: whether stage "base" trains the text encoder along, or leaves it as `initialize_from` gave it.
         text_dropout: share of captions dropped for classifier-free guidance.
         max_text_length: in tokens.
         max_augmentation: noise-conditioning augmentation is drawn up to this share of the schedule.
@@ -69,6 +70,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
+    train_text_encoder: bool = True
     text_dropout: float = 0.1
     max_text_length: int = 64
     max_augmentation: float = 0.3
@@ -97,6 +99,8 @@ class TrainConfig:
             raise ValueError("stage 'base' needs the tables [unet] and [text_encoder]")
         if self.stage == "base" and self.unet.text_dim != self.text_encoder.d_model:  # type: ignore[union-attr]
             raise ValueError("unet.text_dim must be text_encoder.d_model")
+        if not self.train_text_encoder and not self.initialize_from:
+            raise ValueError("train_text_encoder = false needs initialize_from: a run that trained the text encoder")
         if self.stage == "super_resolution":
             if self.efficient_unet is None or self.low_resolution is None:
                 raise ValueError("stage 'super_resolution' needs the table [efficient_unet] and low_resolution")

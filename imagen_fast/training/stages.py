@@ -136,6 +136,7 @@ class BaseStage(DiffusionStage):
         encoder = T5Encoder(self.config.text_encoder)
         self.captions = Captions(self.config, self.dataset, encoder.tokenizer)
         self.small = resized(self.dataset.images, self.config.size)
+        encoder.requires_grad_(self.config.train_text_encoder)
         return nn.ModuleDict({"text_encoder": encoder, "unet": UNet(self.config.unet)})
 
     def _pictures(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -93,7 +93,7 @@ class TrainingRun:
         self.names, self.parameters = zip(*stage.modules.named_parameters(), strict=True)
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            [p for p in self.parameters if p.requires_grad],
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=config.weight_decay,
@@ -152,11 +152,11 @@ class TrainingRun:
         """Write weights, averages and optimizer state, in one step: a killed run leaves the previous checkpoint."""
         tensors: dict[str, Tensor] = {}
         for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
-            state = self.optimizer.state[parameter]
             tensors[f"weight.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = average
-            tensors[f"first_moment.{name}"] = state["exp_avg"]
-            tensors[f"second_moment.{name}"] = state["exp_avg_sq"]
+            if parameter.requires_grad:
+                tensors[f"first_moment.{name}"] = self.optimizer.state[parameter]["exp_avg"]
+                tensors[f"second_moment.{name}"] = self.optimizer.state[parameter]["exp_avg_sq"]
         state = {"step": self.step, "config": to_dict(self.config)}
         with atomic_directory(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
@@ -176,6 +176,8 @@ class TrainingRun:
                     with torch.no_grad():
                         parameter.copy_(file.get_tensor(f"weight.{name}"))
                         average.copy_(file.get_tensor(f"average.{name}"))
+                    if not parameter.requires_grad:
+                        continue
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(float(state["step"]), device=parameter.device),
                         "exp_avg": torch.empty_like(parameter).copy_(file.get_tensor(f"first_moment.{name}")),

@@ -106,8 +106,14 @@ def test_the_text_encoder_learns_to_name_pictures_and_the_base_starts_from_it(co
     config = {**BASE, **common, "steps": 1, "learning_rate": 1e-30, "initialize_from": [str(text)]}
     base = train(str(write_config(tmp_path / "base.toml", config)), out=tmp_path / "base", progress=False)
     stored, start = (load_file(run / "checkpoint" / "state.safetensors") for run in (base, text))
-    name = "text_encoder.embedding.weight"
-    torch.testing.assert_close(stored[f"average.{name}"], start[f"average.{name}"])
+    name = "average.text_encoder.embedding.weight"
+    torch.testing.assert_close(stored[name], start[name])
+    frozen = {**BASE, **common, "train_text_encoder": False, "learning_rate": 0.1, "initialize_from": [str(text)]}
+    directory = train(str(write_config(tmp_path / "f.toml", frozen)), overrides=["steps=4"], out=tmp_path / "f")
+    assert torch.equal(load_file(directory / "checkpoint" / "state.safetensors")[name], start[name])
+    train(str(tmp_path / "f.toml"), overrides=["steps=5"], out=directory, resume=True)  # what is frozen has no moments
+    with pytest.raises(ConfigError, match="initialize_from"):
+        train(str(tmp_path / "f.toml"), overrides=["initialize_from=[]"], out=tmp_path / "g")
     with pytest.raises(CheckpointError, match="none of this run's parameters"):
         train(
             str(write_config(tmp_path / "b.toml", {**SUPER, **common, "initialize_from": [str(text)]})), progress=False
