@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from imagen_fast.models import EfficientUNet, EfficientUNetConfig, ImagenConfig, UNet, UNetConfig
 
+README = Path(__file__).parents[2] / "README.md"
 BASE = UNetConfig(16, (1, 2), 1, (1,), 8, text_dim=12, groups=4)
 SUPER = EfficientUNetConfig(16, (1, 2), (1, 2), (1,), (1,), heads=4, text_dim=12, groups=4)
 
@@ -96,13 +99,18 @@ def test_residual_blocks_start_as_identities():
     assert torch.equal(attention(h, None), h)
 
 
-@pytest.mark.parametrize(("stage", "published"), [(0, 2.0e9), (1, 600e6), (2, 400e6)], ids=["base", "256", "1024"])
-def test_paper_sizes_build_on_the_meta_device_near_the_published_counts(stage, published):
+@pytest.mark.parametrize("stage", range(3), ids=["base", "super_256", "super_1024"])
+def test_the_papers_sizes_are_those_of_the_readme(stage):
+    """Each row of the table there holds the count here, the published one, and the difference."""
     with torch.device("meta"):
         model = ImagenConfig.paper().stages[stage].build()
     count = sum(p.numel() for p in model.parameters())
-    # The paper leaves details open (README, "The paper's sizes"); a factor of 1.3 either way catches a wrong structure.
-    assert published / 1.35 < count < published * 1.3
+    rows = re.findall(r"\| ([\d.]+) ([BM]) \| ([\d.]+) ([BM]) \| ([+−]\d+) % \|", README.read_text(encoding="utf-8"))
+    here, unit, published, published_unit, difference = rows[stage]
+    scale = {"B": 1e9, "M": 1e6}
+    assert float(here) == pytest.approx(count / scale[unit], abs=0.005 if unit == "B" else 0.5)
+    ratio = count / (float(published) * scale[published_unit])
+    assert int(difference.replace("−", "-")) == round(100 * (ratio - 1))
 
 
 @pytest.mark.parametrize(
