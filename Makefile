@@ -5,7 +5,8 @@
 #   make demo    four pictures from sentences, eager and accelerated: out/demo.png and a table
 #   make test    the tests             (one file: make test ARGS=tests/test_cli.py)
 #   make lint    ruff, mypy, clang-format
-#   make bench   the benchmarks        (one op: make bench ARGS="--op group_norm_act")
+#   make bench   the benchmarks, to out/bench (one op: make bench ARGS="--op group_norm_act")
+#   make check-wheel  the wheel in a new environment (with another PyTorch: make check-wheel ARGS="--torch 2.12.0")
 #   make clean   removes what was built and all caches; keeps .venv and your results
 #   make distclean   removes .venv too
 
@@ -20,7 +21,7 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
 NATIVE_LIBRARY := imagen_fast/lib/libimagen_fast_cpu.so
 
-.PHONY: demo test lint bench clean distclean setup
+.PHONY: demo test lint bench check-wheel clean distclean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -38,7 +39,10 @@ lint: setup
 	$(BIN)/python tools/update_readme.py --check
 
 bench: setup
-	@$(BIN)/imagen-fast bench $(ARGS)
+	@$(BIN)/imagen-fast bench --output out/bench $(ARGS)
+
+check-wheel: setup
+	$(BIN)/python tools/check_wheel.py $(ARGS)
 
 clean:
 	rm -rf build dist imagen_fast/lib *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
