@@ -63,7 +63,8 @@ class Imagen(nn.Module):
         """The cascade that `save_pretrained` wrote, in evaluation mode.
 
         Args:
-            directory: its path, or the name of a cascade that ships with the package: "emoji".
+            directory: its path, or the name of a cascade that ships with the package: "emoji", which stands for that
+                cascade even where a directory has the same name (that one is "./emoji").
             dtype: of the weights; None leaves them as they are stored.
             device: where they go; the CPU if None.
 
@@ -202,14 +203,14 @@ class Imagen(nn.Module):
 
 def _find(directory: str | os.PathLike[str]) -> Path:
     """The path of a cascade, or of one that ships with the package."""
-    path = Path(directory)
-    if path.is_dir():
-        return path
     shipped = Path(str(resources.files(__package__) / "weights"))
-    if (shipped / path.name / "config.json").is_file() and path.name == os.fspath(directory):
-        return shipped / path.name
     names = sorted(p.name for p in shipped.iterdir() if (p / "config.json").is_file()) if shipped.is_dir() else []
-    raise CheckpointError(f"no cascade {os.fspath(directory)!r}: not a directory, and not one of {', '.join(names)}")
+    if os.fspath(directory) in names:
+        return shipped / directory
+    if os.fspath(directory) and Path(directory).is_dir():
+        return Path(directory)
+    known = f"not one of {', '.join(names)}" if names else "no cascade ships with this installation"
+    raise CheckpointError(f"no cascade {os.fspath(directory)!r}: not a directory, and {known}")
 
 
 def guided_model(

@@ -178,6 +178,17 @@ def test_no_such_cascade_names_the_shipped_ones():
         Imagen.from_pretrained("no-such-cascade")
 
 
+def test_a_shipped_name_is_not_shadowed_by_a_directory(imagen, tmp_path, monkeypatch):
+    imagen.save_pretrained(tmp_path / "package" / "weights" / "emoji")
+    (tmp_path / "emoji").mkdir()  # such as a data set built with --out emoji
+    monkeypatch.setattr("imagen_fast.models.imagen.resources.files", lambda _: tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    assert Imagen.from_pretrained("emoji").config == imagen.config
+    for other in ("./emoji", tmp_path / "emoji"):
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            Imagen.from_pretrained(other)
+
+
 def test_saving_never_replaces_something_else(imagen, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
