@@ -64,9 +64,10 @@ class TextConditioning(nn.Module):
         self.project = nn.Linear(text_dim, width)
         self.norm = nn.LayerNorm(width)
         self.null_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.pool = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width), nn.SiLU(), nn.Linear(width, width))
+        hidden, last = nn.Linear(text_dim, width), nn.Linear(width, width)
+        self.pool = nn.Sequential(nn.LayerNorm(text_dim), hidden, nn.SiLU(), last)
         # Sentences must differ in it as much as timesteps do in theirs, or the text is learned long after the pictures.
-        nn.init.normal_(self.pool[-1].weight, std=2 / width**0.5)
+        nn.init.normal_(last.weight, std=2 / width**0.5)
 
     def forward(self, text: Tensor, mask: Tensor) -> tuple[TextCondition, Tensor]:
         """text (B, L, D), mask (B, L) bool → tokens with their mask, and the pooled vector (B, E)."""
