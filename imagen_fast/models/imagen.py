@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from ..diffusion.sampling import Model, Noise, sample_loop
 from ..errors import CheckpointError
 from ..files import atomic_directory
 from . import checkpoint
-from .cascade_config import ImagenConfig, StageConfig
+from .cascade_config import ImagenConfig, StageConfig, StagePlan
 from .t5 import T5Encoder
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Imagen(nn.Module):
         progress: bool = True,
         until: str | None = None,
     ) -> list[Image]:
-        """Draw one picture per prompt.
+        """Draw one picture per prompt, without dropout.
 
         Args:
             prompts: sentences; an empty one samples without text. Longer ones than the text length are cut, with a
@@ -151,6 +152,11 @@ class Imagen(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         plans = self.config.plan(steps=steps, guidance=guidance, solver=solver, until=until)
         seeds = self._seeds(seed, len(prompts))
+        with _evaluating(self):
+            return to_pictures(self._run(plans, prompts, seeds, progress))
+
+    def _run(self, plans: list[StagePlan], prompts: list[str], seeds: list[int], progress: bool) -> Tensor:
+        """The pictures (B, 3, H, W) of the last stage, in [−1, 1]."""
         text, mask = self._encode(prompts)
         noise = Noise(seeds, self.device)
         picture: Tensor | None = None
@@ -169,7 +175,7 @@ class Imagen(nn.Module):
                     on_step=bar.update,
                 )
         assert picture is not None
-        return to_pictures(picture)
+        return picture
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Features and mask; an empty prompt is one without text."""
@@ -199,6 +205,18 @@ class Imagen(nn.Module):
         if len(seeds) != count:
             raise ValueError(f"seed must be one number, or one per prompt: {count}, got {len(seeds)}")
         return seeds
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module then returns to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _find(directory: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -30,6 +31,16 @@ def test_the_seed_fixes_the_picture(imagen):
     first = sample(imagen, ["a cat"], seed=3)
     assert (first == sample(imagen, ["a cat"], seed=3)).all()
     assert (first != sample(imagen, ["a cat"], seed=4)).any()
+
+
+def test_the_seed_fixes_the_picture_of_a_model_in_training(imagen):
+    config = dataclasses.replace(imagen.text_encoder.config, dropout_rate=0.5)
+    model = Imagen(imagen.config, T5Encoder(config))
+    model.load_state_dict(imagen.state_dict())
+    model.unets.eval()
+    assert (sample(model, ["a cat"], seed=3) == sample(imagen, ["a cat"], seed=3)).all()
+    assert model.text_encoder.dropout.training
+    assert not model.unets["base"].training
 
 
 def test_a_picture_is_the_same_alone_or_in_a_batch(imagen):
