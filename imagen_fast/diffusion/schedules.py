@@ -66,7 +66,8 @@ def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading
         offset: added to every timestep of "leading".
 
     Raises:
-        ValueError: steps outside [1, n], an unknown spacing, or timesteps that do not fall or leave [0, n).
+        ValueError: steps outside [1, n], an unknown spacing, or timesteps (with the offset, or as given) that leave
+            [0, n) or do not fall.
     """
     _check_positive(n)
     if not isinstance(steps, int):
@@ -78,6 +79,8 @@ def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading
     if not 1 <= steps <= n:
         raise ValueError(f"steps must be between 1 and {n}, got {steps}")
     if spacing == "leading":
+        if not 0 <= offset < n - (steps - 1) * (n // steps):
+            raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
         return [i * (n // steps) + offset for i in reversed(range(steps))]
     if spacing == "trailing":
         return [round(n - i * n / steps) - 1 for i in range(steps)]

@@ -55,6 +55,10 @@ def test_spacings(spacing, steps, expected):
     assert spaced_timesteps(1000, steps, spacing) == expected
 
 
+def test_an_offset_shifts_leading_timesteps():
+    assert spaced_timesteps(1000, 4, "leading", offset=1) == [751, 501, 251, 1]
+
+
 def test_timesteps_can_be_given():
     assert spaced_timesteps(1000, [999, 3, 0]) == [999, 3, 0]
 
@@ -65,6 +69,8 @@ def test_timesteps_can_be_given():
         ((1000, 0), "steps"),
         ((1000, 1001), "steps"),
         ((1000, 10, "sideways"), "spacing"),
+        ((1000, 1000, "leading", 1), "offset"),
+        ((1000, 10, "leading", -1), "offset"),
         ((1000, [0, 5]), "steps must fall"),
         ((1000, [1000, 5]), "steps must fall"),
         ((1000, []), "steps must fall"),
