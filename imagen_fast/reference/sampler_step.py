@@ -39,8 +39,7 @@ def sampler_step(
         IndexError: index outside the table.
     """
     channels = sample.shape[1]
-    if output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(f"output must have {channels} or {2 * channels} channels, got {output.shape[1]}")
+    _check_shapes(sample, output, unconditional_output, noise, table.learned_variance)
     row = table.row(index)
     prediction, variance = output[:, :channels], output[:, channels:]
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
@@ -61,6 +60,21 @@ def sampler_step(
             scale = scale * torch.exp(0.5 * log_variance)
         following = following + scale * noise
     return following, x0
+
+
+def _check_shapes(
+    sample: Tensor, output: Tensor, unconditional_output: Tensor | None, noise: Tensor | None, learned_variance: bool
+) -> None:
+    batch, channels, *size = sample.shape
+    if output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(f"output must have {channels} or {2 * channels} channels, got {output.shape[1]}")
+    if learned_variance and output.shape[1] == channels:
+        raise ValueError(f"output must have {2 * channels} channels for a learned variance, got {channels}")
+    for name, given in (("output", output), ("unconditional_output", unconditional_output)):
+        if given is not None and given.shape != (batch, output.shape[1], *size):
+            raise ValueError(f"{name} must be {(batch, output.shape[1], *size)}, got {tuple(given.shape)}")
+    if noise is not None and noise.shape != sample.shape:
+        raise ValueError(f"noise must be like sample, {tuple(sample.shape)}, got {tuple(noise.shape)}")
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
@@ -88,7 +102,8 @@ def _thresholded(x0: Tensor, threshold: str | DynamicThreshold | None) -> Tensor
     if not isinstance(threshold, DynamicThreshold):
         raise ValueError(f"threshold must be None, 'static' or a DynamicThreshold, got {threshold!r}")
     # One sample at a time: torch.quantile takes at most 2^24 values.
-    quantiles = [torch.quantile(sample.flatten().abs(), threshold.percentile) for sample in x0.float()]
+    wide = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    quantiles = [torch.quantile(sample.flatten().abs(), threshold.percentile) for sample in wide]
     s = torch.stack(quantiles).clamp(threshold.min_value, threshold.max_value) if quantiles else x0.new_ones(0)
     s = s.to(x0.dtype).view(-1, *([1] * (x0.ndim - 1)))
     return torch.maximum(torch.minimum(x0, s), -s) / s

@@ -11,6 +11,7 @@ from imagen_fast.reference.sampler_step import sampler_step
 
 ALPHAS = squaredcos_cap_v2(1000)
 X0 = StepTable.ddim(ALPHAS, steps=4, prediction="x0")  # the output is x0, so thresholding is seen directly
+LEARNED = StepTable.ddpm(ALPHAS, steps=4, variance="learned_range")
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,6 +52,13 @@ def test_dynamic_threshold_is_per_sample(percentile):
         torch.testing.assert_close(x0[b], output[b].clamp(-s, s) / s)
 
 
+def test_dynamic_threshold_of_float64_is_not_rounded():
+    output = 5 * randn(1, 3, 8, 8).double()
+    _, x0 = sampler_step(output, output, X0, 0, threshold=DynamicThreshold(0.6))
+    s = output.abs().flatten().quantile(0.6)
+    torch.testing.assert_close(x0, output.clamp(-s, s) / s, rtol=1e-14, atol=0)
+
+
 def test_threshold_maximum_and_static():
     output = randn(1, 3, 8, 8) * 5
     _, x0 = sampler_step(output, output, X0, 0, threshold=DynamicThreshold(0.95, max_value=1.5))
@@ -69,6 +77,11 @@ def test_an_empty_batch_works():
     ("call", "message"),
     [
         (lambda x: sampler_step(x, x[:, :2], X0, 0), "output must have"),
+        (lambda x: sampler_step(x.expand(2, 3, 4, 4), x, X0, 0), "output must be"),
+        (lambda x: sampler_step(x, x, X0, 0, unconditional_output=x[:, :2]), "unconditional_output must be"),
+        (lambda x: sampler_step(x, x, X0, 0, noise=x[..., :1]), "noise must be like sample"),
+        (lambda x: sampler_step(x, x, LEARNED, 0, noise=x), "learned variance"),
+        (lambda x: sampler_step(x[:, :1], x[:, :1], LEARNED, 0, noise=x[:, :1]), "learned variance"),
         (lambda x: sampler_step(x, x, X0, 0, threshold="dynamic"), "threshold"),
         (lambda x: sampler_step(x, x, StepTable.ddpm(ALPHAS, steps=4), 0), "noise is needed"),
         (lambda x: DynamicThreshold(1.5), "percentile"),
