@@ -40,8 +40,10 @@ class EfficientUNetConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.multipliers or min(self.multipliers) < 1 or self.channels < 1:
-            raise ValueError("channels and multipliers must be positive")
+        if not self.multipliers or min(*self.multipliers, *self.blocks, self.channels, self.heads, self.groups) < 1:
+            raise ValueError("channels, multipliers, blocks, heads and groups must be positive")
+        if self.channels % 2:
+            raise ValueError(f"channels must be even, for the cosines and sines of the time, got {self.channels}")
         if len(self.blocks) != len(self.multipliers):
             raise ValueError(f"blocks needs one number per level: {len(self.multipliers)}, got {len(self.blocks)}")
         if self.cross_attention_levels and self.text_dim is None:

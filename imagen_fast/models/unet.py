@@ -41,9 +41,13 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         widths = [self.channels * m for m in self.multipliers]
-        if not self.multipliers or min(widths) < 1 or self.blocks < 1:
-            raise ValueError("channels, multipliers and blocks must be positive")
-        for level in self.attention_levels:
+        if not self.multipliers or min(*widths, self.blocks, self.head_width, self.groups) < 1:
+            raise ValueError("channels, multipliers, blocks, head_width and groups must be positive")
+        if self.channels % 2:
+            raise ValueError(f"channels must be even, for the cosines and sines of the time, got {self.channels}")
+        # The lowest level has attention between its two middle blocks, wherever else there is some.
+        lowest = (len(widths) - 1,) if self.attention_levels else ()
+        for level in (*self.attention_levels, *lowest):
             if not 0 <= level < len(widths):
                 raise ValueError(f"attention_levels: {level} is not a level; there are {len(widths)}")
             if widths[level] % self.head_width:

@@ -119,6 +119,10 @@ def test_the_papers_sizes_are_those_of_the_readme(stage):
         ({"multipliers": ()}, "positive"),
         ({"attention_levels": (2,)}, "attention_levels"),
         ({"head_width": 7}, "head_width"),
+        ({"head_width": 0}, "head_width"),
+        ({"groups": 0}, "groups"),
+        ({"channels": 17}, "even"),
+        ({"multipliers": (2, 1), "attention_levels": (0,), "head_width": 32}, "level 1's 16 channels"),
     ],
 )
 def test_base_config_rejects(change, message):
@@ -133,6 +137,10 @@ def test_base_config_rejects(change, message):
         ({"text_dim": None}, "text_dim"),
         ({"self_attention_levels": (4,)}, "levels"),
         ({"heads": 5}, "heads"),
+        ({"heads": 0}, "heads"),
+        ({"groups": 0}, "groups"),
+        ({"channels": 17}, "even"),
+        ({"blocks": (1, 0)}, "blocks"),
     ],
 )
 def test_efficient_config_rejects(change, message):
