@@ -29,8 +29,8 @@ class StageConfig:
         efficient_unet: the sizes of its U-Net, if it is a super-resolution stage.
         prediction, train_timesteps, schedule: how it was trained.
         solver, steps, spacing, guidance: how it is sampled by default.
-        threshold: None, "static", or the percentile of dynamic thresholding.
-        threshold_max: the largest value that dynamic thresholding divides by.
+        threshold: "none", "static" (clip to ±1) or "dynamic", with threshold_percentile and threshold_max as in
+            `DynamicThreshold`.
         augmentation: noise-conditioning augmentation in sampling, as a share of the schedule.
     """
 
@@ -169,8 +169,8 @@ class ImagenConfig:
         for i, stage in enumerate(self.stages):
             count = _per_stage(steps, "steps", i, len(names))
             count = stage.steps if count is None else count
-            if not 1 <= count <= stage.train_timesteps:
-                raise ValueError(f"steps must be between 1 and {stage.train_timesteps}, got {count}")
+            if not isinstance(count, int) or not 1 <= count <= stage.train_timesteps:
+                raise ValueError(f"steps must be a whole number from 1 to {stage.train_timesteps}, got {count!r}")
             build = StepTable.ddpm if (solver or stage.solver) == "ddpm" else StepTable.ddim
             table = build(stage.alphas_cumprod(), steps=count, prediction=stage.prediction, spacing=stage.spacing)
             scale = _per_stage(guidance, "guidance", i, len(names))

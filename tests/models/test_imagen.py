@@ -83,6 +83,7 @@ def test_a_prompt_too_long_is_cut_with_a_warning(imagen):
     [
         ({"prompts": [3]}, TypeError, "prompts"),
         ({"steps": 0}, ValueError, "steps"),
+        ({"steps": 2.5}, ValueError, "steps"),
         ({"steps": [1, 2, 3]}, ValueError, "steps"),
         ({"guidance": [1.0]}, ValueError, "guidance"),
         ({"solver": "euler"}, ValueError, "solver"),
