@@ -132,10 +132,12 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     )
     need_dx, _, need_dweight, need_dbias, need_dscale, need_dshift, _, _ = ctx.needs_input_grad
     dweight = dbias = dscale = dshift = None
+    if scale is not None:
+        factor = 1 + scale.to(sum_dt.dtype)  # wide before the addition, as in the kernels
     if need_dweight:
-        dweight = (sum_dt_xhat if scale is None else sum_dt_xhat * (1 + scale)).sum(0).to(weight.dtype)
+        dweight = (sum_dt_xhat if scale is None else sum_dt_xhat * factor).sum(0).to(weight.dtype)
     if need_dbias:
-        dbias = (sum_dt if scale is None else sum_dt * (1 + scale)).sum(0).to(bias.dtype)
+        dbias = (sum_dt if scale is None else sum_dt * factor).sum(0).to(bias.dtype)
     if need_dscale:
         dscale = sum_dt_xhat if weight is None else sum_dt_xhat * weight
         dscale = (dscale if bias is None else dscale + sum_dt * bias).to(scale.dtype)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from imagen_fast import layout, ops
+from imagen_fast import layout, ops, use_backend
 from imagen_fast.testing import assert_op_as_accurate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -124,6 +124,20 @@ def test_parameters_of_four_dtypes(kernel: str) -> None:
         mixed["scale"].half(),
     )
     assert_op_as_accurate(ops.group_norm_act, x, 4, **mixed)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_scale_costs_the_gradients_of_weight_and_bias_nothing(kernel: str, scale_dtype: torch.dtype) -> None:
+    """Absolutely: eager PyTorch rounds 1 + scale to the dtype of scale."""
+    x, dy = image((2, 40, 5, 5)), torch.randn(2, 40, 5, 5)
+    scale = (0.01 * torch.randn(2, 40)).to(scale_dtype)
+    affine = [torch.randn(40, requires_grad=True) for _ in range(2)]
+    ours = torch.autograd.grad(ops.group_norm_act(x, 4, *affine, scale=scale), affine, dy)
+    exact = [p.detach().double().requires_grad_() for p in affine]
+    with use_backend("eager"):
+        truth = ops.group_norm_act(x.double(), 4, *exact, scale=scale.double())
+    for gradient, true in zip(ours, torch.autograd.grad(truth, exact, dy.double()), strict=True):
+        torch.testing.assert_close(gradient.double(), true, rtol=0, atol=1e-5 * true.abs().max().item())
 
 
 @pytest.mark.parametrize("shape", [(2, 12), (1, 12), (2, 1), (1, 1), (12,), (1,), ()], ids=str)
