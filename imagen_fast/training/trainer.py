@@ -27,6 +27,7 @@ from .stages import STAGES, DiffusionStage, Stage
 
 CHECKPOINT = "checkpoint"
 LOSSES = "losses.jsonl"
+_DROPOUT = 1 << 40  # keeps the seeds of dropout apart from those of batches
 
 # What a resumed run may change: it does not decide the losses, but for steps, of which it warns.
 _RUNNING = ("log_every", "sample_every", "checkpoint_every", "sample_prompts", "device", "threads")
@@ -126,6 +127,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.stage.modules.train()
+        torch.manual_seed(_DROPOUT + config.seed * 1_000_003 + self.step)  # a resumed run drops what the whole one does
         with torch.autocast(self.stage.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = self.stage.loss(self.step)
         value = loss.item()
