@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..config import from_dict
 from ..errors import ConfigError
 from ..models.efficient_unet import EfficientUNetConfig
-from ..models.t5 import T5Config
+from ..models.t5 import ByteTokenizer, T5Config
 from ..models.unet import UNetConfig
 
 if sys.version_info >= (3, 11):
@@ -38,7 +38,8 @@ class TrainConfig:
         steps, batch_size, learning_rate, warmup_steps, weight_decay, gradient_clip: AdamW's run; the learning rate
             rises over warmup_steps and falls by a cosine to final_learning_rate over all steps.
         ema_decay: of the exponential moving average of the weights, which is what is sampled and shipped.
-        train_text_encoder: whether stage "base" trains the text encoder along, or leaves it as `initialize_from` gave it.
+        train_text_encoder: whether stage "base" trains the text encoder along, or leaves it as `initialize_from` gave
+            it.
         text_dropout: share of captions dropped for classifier-free guidance.
         max_text_length: in tokens.
         max_augmentation: noise-conditioning augmentation is drawn up to this share of the schedule.
@@ -93,6 +94,8 @@ class TrainConfig:
         for name in ("ema_decay", "text_dropout", "max_augmentation"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.text_encoder is not None and self.text_encoder.vocab_size != ByteTokenizer.vocab_size:
+            raise ValueError(f"text_encoder.vocab_size must be that of bytes, {ByteTokenizer.vocab_size}")
         if self.stage == "text" and self.text_encoder is None:
             raise ValueError("stage 'text' needs the table [text_encoder]")
         if self.stage == "base" and (self.unet is None or self.text_encoder is None):

@@ -23,6 +23,7 @@ def save_sample_grid(
 ) -> None:
     """Sample with the averaged weights and save a grid: the prompts' pictures, or low resolution above high."""
     config = stage.config
+    steps = min(steps, config.train_timesteps)
     table = StepTable.ddim(
         squaredcos_cap_v2(config.train_timesteps), steps=steps, prediction=config.prediction, spacing="trailing"
     )

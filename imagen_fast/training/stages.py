@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.schedules import squaredcos_cap_v2
+from ..errors import ConfigError
 from ..models.efficient_unet import EfficientUNet
 from ..models.t5 import T5Encoder, Tokenizer
 from ..models.unet import UNet
@@ -34,8 +35,7 @@ class Stage(ABC):
 
     def __init__(self, config: TrainConfig, dataset: EmojiDataset) -> None:
         self.config, self.dataset = config, dataset
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(automatic if config.device == "auto" else config.device)
+        self.device = _device(config.device)
         self.modules = self._build().to(self.device)
 
     @abstractmethod
@@ -50,6 +50,17 @@ class Stage(ABC):
         """What a step draws from, and which pictures it draws first."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         return generator, torch.randint(len(self.dataset), (self.config.batch_size,), generator=generator).tolist()
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, on which a tensor could be made; raises ConfigError if none could."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch raises all of them
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
 
 
 class Captions:

@@ -18,7 +18,7 @@ from imagen_fast.training.assemble import assemble
 from imagen_fast.training.config import TrainConfig
 from imagen_fast.training.emoji import EmojiDataset
 from imagen_fast.training.evaluate import evaluate
-from imagen_fast.training.trainer import learning_rate, train
+from imagen_fast.training.trainer import TrainingRun, learning_rate, train
 
 TEXT = {"vocab_size": 384, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
 UNET = {"channels": 16, "multipliers": [1, 2], "blocks": 1, "attention_levels": [1], "head_width": 16, "text_dim": 16}
@@ -86,6 +86,40 @@ def test_a_killed_run_resumes_to_bit_equal_losses(config_file, tmp_path):
     assert state["step"] in (4, 8, 12)
     train(str(config_file), out=directory, resume=True, progress=False)
     assert losses(directory) == whole
+
+
+def test_dropout_resumes_too(colours, tmp_path):
+    dropping = {**BASE, "text_encoder": {**TEXT, "dropout_rate": 0.3}, "unet": {**BASE["unet"], "dropout": 0.3}}
+    values = {**dropping, **COMMON, "checkpoint_every": 1, "data": str(colours), "out": "unused"}
+    file = str(write_config(tmp_path / "run.toml", values))
+    whole = losses(train(file, overrides=["steps=3"], out=tmp_path / "whole", progress=False))
+
+    class Stopped(Exception):
+        pass
+
+    step = TrainingRun.train_step
+
+    def stop(run):
+        if run.step == 2:
+            raise Stopped
+        return step(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TrainingRun, "train_step", stop)
+        train(file, overrides=["steps=3"], out=tmp_path / "stopped", progress=False)
+    resumed = train(file, overrides=["steps=3"], out=tmp_path / "stopped", resume=True, progress=False)
+    assert losses(resumed) == whole
+
+
+def test_few_training_timesteps_can_be_sampled(config_file):
+    directory = train(str(config_file), overrides=["steps=1", "train_timesteps=10"], progress=False)
+    assert (directory / "samples-000001.png").is_file()
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta:x", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_named(config_file, device):
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used"):
+        train(str(config_file), overrides=[f"device={device}"], progress=False)
 
 
 def test_it_learns(colours, tmp_path):
@@ -200,6 +234,7 @@ def test_shipped_configurations_load(name):
         (["steps=0"], "steps must be at least 1"),
         (["precision=fp8"], "precision"),
         (["unet.text_dim=7"], "text_dim"),
+        (["text_encoder.vocab_size=400"], "vocab_size"),
         (["stage=super_resolution"], "efficient_unet"),
         (["steps.x=1"], "not a table"),
     ],
