@@ -7,6 +7,7 @@ or an interrupted run leaves either the old file or none, never half of the new 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -63,6 +64,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary directory beside `path`; on success it replaces `path`, on failure it is removed.
 
+    A process killed between the two renames leaves the old directory aside: `recover_directory` brings it back.
+
     Raises:
         OutputError: the directory cannot be created, filled (a full disk) or moved into place, or `path` is a file.
     """
@@ -91,6 +94,16 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(retired, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def recover_directory(path: str | os.PathLike[str]) -> None:
+    """Give back the old directory if `atomic_directory` was killed between moving it away and moving the new one in."""
+    path = Path(path)
+    if path.exists() or not path.parent.is_dir():
+        return
+    retired = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"), key=lambda old: old.stat().st_mtime)
+    if retired:
+        os.replace(retired[-1], path)
 
 
 def _refuse_special(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from imagen_fast.errors import OutputError
-from imagen_fast.files import atomic_directory, atomic_file, check_writable
+from imagen_fast.files import atomic_directory, atomic_file, check_writable, recover_directory
 
 
 def names(directory: Path) -> list[str]:
@@ -215,6 +215,38 @@ def test_atomic_directory_puts_the_old_one_back_when_the_swap_fails(tmp_path, mo
         write(temporary / "new", "")
     assert names(path) == ["old"]
     assert names(tmp_path) == ["model"]
+
+
+SWAPPING = """
+import os, sys
+from imagen_fast.files import atomic_directory
+replace = os.replace
+def replace_and_die(source, target):
+    replace(source, target)
+    os.kill(os.getpid(), 9)
+with atomic_directory(sys.argv[1]) as temporary:
+    (temporary / "new").write_text("")
+    os.replace = replace_and_die
+"""
+
+
+def test_a_process_killed_between_the_renames_loses_nothing(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    write(path / "old", "")
+    done = subprocess.run([sys.executable, "-c", SWAPPING, str(path)])
+    assert done.returncode == -signal.SIGKILL
+    assert not path.exists()
+    recover_directory(path)
+    assert names(path) == ["old"]
+    recover_directory(path)  # nothing to do
+    assert names(path) == ["old"]
+
+
+def test_recovering_what_never_was_does_nothing(tmp_path):
+    recover_directory(tmp_path / "model")
+    recover_directory(tmp_path / "nowhere" / "model")
+    assert names(tmp_path) == []
 
 
 def test_atomic_directory_does_not_replace_a_file(tmp_path):

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..config import read_json, to_dict
 from ..errors import CheckpointError, ConfigError, UserError
-from ..files import atomic_directory, check_writable
+from ..files import atomic_directory, atomic_file, check_writable, recover_directory
 from .config import TrainConfig
 from .emoji.dataset import EmojiDataset
 from .samples import save_sample_grid
@@ -65,6 +65,7 @@ def train(
         raise ConfigError("overrides go with a configuration's name or file, not with a TrainConfig")
     config = dataclasses.replace(config, out=os.fspath(out or config.out))
     directory = Path(config.out)
+    recover_directory(directory / CHECKPOINT)
     has_checkpoint = (directory / CHECKPOINT).is_dir()
     if has_checkpoint and not resume:
         raise UserError(f"{directory} holds a run already: resume it (--resume), or choose another directory (--out)")
@@ -235,9 +236,9 @@ class _LossLog:
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        self.file = path.open("w", encoding="utf-8")
-        for line in lines[:step]:
-            self.file.write(line + "\n")
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines[:step]), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, loss: float) -> None:
         self.file.write(json.dumps({"step": step, "loss": loss}) + "\n")

@@ -206,6 +206,16 @@ def test_a_damaged_checkpoint_is_named(config_file):
         train(str(config_file), overrides=["steps=1"], resume=True, progress=False)
 
 
+def test_a_checkpoint_that_was_being_replaced_is_found(config_file):
+    directory = train(str(config_file), overrides=["steps=1"], progress=False)
+    (directory / "checkpoint").rename(directory / ".checkpoint.12345.old")
+    with pytest.raises(UserError, match="holds a run already"):
+        train(str(config_file), overrides=["steps=1"], progress=False)
+    (directory / "checkpoint").rename(directory / ".checkpoint.12345.old")
+    train(str(config_file), overrides=["steps=1"], resume=True, progress=False)
+    assert len(losses(directory)) == 1
+
+
 def test_nothing_to_resume(config_file):
     with pytest.raises(CheckpointError, match="nothing to resume"):
         train(str(config_file), resume=True, progress=False)
