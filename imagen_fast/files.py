@@ -70,6 +70,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the directory cannot be created, filled (a full disk) or moved into place, or `path` is a file.
     """
     path = Path(path)
+    if path.is_symlink() or not path.name:  # a link stays one; "." has no name to put others beside
+        path = path.resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write {path}: it is a file, not a directory")
     _make_directory(path.parent)

@@ -249,6 +249,19 @@ def test_recovering_what_never_was_does_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["link", "."])
+def test_atomic_directory_writes_where_a_name_leads(tmp_path, monkeypatch, name):
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.chdir(target)
+    with atomic_directory(tmp_path / "link" if name == "link" else ".") as temporary:
+        write(temporary / "new", "")
+    assert names(target) == ["new"]
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "target"]
+
+
 def test_atomic_directory_does_not_replace_a_file(tmp_path):
     write(tmp_path / "model", "old")
     with pytest.raises(OutputError, match="it is a file"), atomic_directory(tmp_path / "model"):
