@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,12 +22,14 @@ from ..files import atomic_directory
 from . import checkpoint
 from .cascade_config import ImagenConfig, StageConfig, StagePlan
 from .t5 import T5Encoder
+from .t5.checkpoint import WRITTEN as TEXT_ENCODER_WRITTEN
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1  # of the directory that save_pretrained writes
-WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "text_encoder", "README.md")
+CARD = "README.md"  # of the model, written by hand
+WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "text_encoder", CARD)
 
 
 class Imagen(nn.Module):
@@ -99,7 +102,8 @@ class Imagen(nn.Module):
         Hugging Face's layout.
 
         Args:
-            directory: created, or replaced if it holds a cascade; it appears only once it is whole.
+            directory: created, or replaced if it holds a cascade, whose README.md stays; it appears only once it is
+                whole.
             dtype: of the stored weights; theirs if None.
 
         Raises:
@@ -107,7 +111,10 @@ class Imagen(nn.Module):
         """
         directory = Path(directory)
         checkpoint.refuse_to_replace_others(directory, WRITTEN, "a cascade")
+        checkpoint.refuse_to_replace_others(directory / "text_encoder", TEXT_ENCODER_WRITTEN, "a T5 checkpoint")
         with atomic_directory(directory) as folder:
+            if (directory / CARD).is_file():
+                shutil.copyfile(directory / CARD, folder / CARD)
             checkpoint.write_json(folder / "config.json", {"format": FORMAT, **to_dict(self.config)})
             for name, unet in self.unets.items():
                 state = unet.state_dict()

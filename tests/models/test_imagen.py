@@ -208,6 +208,16 @@ def test_saving_never_replaces_something_else(imagen, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_saving_again_keeps_the_model_card_and_what_is_not_its_own(imagen, tmp_path):
+    imagen.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("the card")
+    imagen.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text() == "the card"
+    (tmp_path / "model" / "text_encoder" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        imagen.save_pretrained(tmp_path / "model")
+
+
 def test_the_text_encoder_must_fit():
     with pytest.raises(ValueError, match="width 24"):
         Imagen(ImagenConfig.small(text_dim=24), T5Encoder(T5Config.preset("tiny_bytes")))

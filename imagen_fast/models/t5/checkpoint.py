@@ -29,7 +29,7 @@ _OTHER_NAMES = {"shared.weight": "encoder.embed_tokens.weight"}
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checkpoint.FLOATING.values()}
 
-_WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "spiece.model")
+WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "spiece.model")
 
 
 def huggingface_name(name: str) -> str:
@@ -91,7 +91,7 @@ def save_directory(
         OutputError: it cannot be written, or `directory` holds files that are no part of such a checkpoint, which
             replacing it would lose.
     """
-    checkpoint.refuse_to_replace_others(directory, _WRITTEN, "a T5 checkpoint")
+    checkpoint.refuse_to_replace_others(directory, WRITTEN, "a T5 checkpoint")
     dtypes = {name: tensor.dtype if dtype is None else parameter_dtype(name, dtype) for name, tensor in state.items()}
     with atomic_directory(directory) as folder:
         values = {**config.to_huggingface(), "dtype": str(dtypes["embedding.weight"]).removeprefix("torch.")}
