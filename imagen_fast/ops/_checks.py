@@ -30,12 +30,14 @@ def parameter(name: str, p: Tensor, x: Tensor) -> None:
     if p.dtype != x.dtype and not (p.dtype in _BESIDE_EACH_OTHER and x.dtype in _BESIDE_EACH_OTHER):
         needed = "float64" if x.dtype == torch.float64 else "float16, bfloat16 or float32"
         raise TypeError(f"{name} must be {needed} beside an x of {x.dtype}, got {p.dtype}")
+    if p.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {p.layout}")
     if p.device != x.device:
         raise ValueError(f"{name} must be on {x.device}, where x is, got {p.device}")
 
 
 def integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")

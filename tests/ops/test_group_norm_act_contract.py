@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imagen_fast
@@ -136,6 +137,8 @@ BAD = [
         {"weight": C.to("meta")}, ValueError, "weight must be on cpu, where x is, got meta", id="weight-device"
     ),
     pytest.param({"scale": BC.to("meta")}, ValueError, "scale must be on cpu", id="scale-device"),
+    pytest.param({"weight": C.to_sparse()}, TypeError, "weight must be a dense", id="weight-sparse"),
+    pytest.param({"shift": BC.to_mkldnn()}, TypeError, "shift must be a dense", id="shift-mkldnn"),
     pytest.param({"scale": 0.5}, TypeError, "scale must be a tensor or None, got float", id="scale-float"),
     pytest.param(
         {"scale": BC[:, :4]}, ValueError, r"scale must have shape \(2, 8\).*got \(2, 4\)", id="scale-channels"
@@ -373,6 +376,13 @@ def test_exports(backend: str) -> None:
     program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     bigger = torch.randn(3, 8, 6, 5)
     torch.testing.assert_close(program.module()(bigger), module(bigger))
+
+
+def test_number_of_groups_may_be_symbolic(backend: str) -> None:
+    """As it is where no Dynamo stands between: in `make_fx` and in `torch.export` with strict=False."""
+    x = torch.randn(2, 8, 3)
+    traced = make_fx(lambda x: ops.group_norm_act(x, x.shape[1] // 2), tracing_mode="symbolic")(x)
+    torch.testing.assert_close(traced(x), ops.group_norm_act(x, 4))
 
 
 def test_meta_tensors() -> None:
