@@ -232,6 +232,14 @@ def _replace(model: nn.Module, name: str) -> None:
     setattr(model.get_submodule(parent), child, norm)
 
 
+def _detach_weight(model: nn.Module, name: str, as_buffer: bool = False) -> None:
+    """As libraries do that keep all parameters in one flat tensor, and leave views of it in the modules."""
+    norm = model.get_submodule(name)
+    weight = 3 * norm.weight.detach()
+    del norm.weight
+    norm.register_buffer("weight", weight) if as_buffer else setattr(norm, "weight", weight)
+
+
 def _double_backward(module, grad_input, grad_output):
     return tuple(2 * g for g in grad_input)
 
@@ -248,6 +256,8 @@ CHANGES: dict[str, Callable[[UNet, str], object]] = {
     ),
     "replaced forward": lambda model, name: _replace_forward(model.get_submodule(name)),
     "tensor subclass": lambda model, name: _negate(model.get_submodule(name)),
+    "attribute in place of a parameter": _detach_weight,
+    "buffer in place of a parameter": lambda model, name: _detach_weight(model, name, as_buffer=True),
     "another module": _replace,
     "eps": lambda model, name: setattr(model.get_submodule(name), "eps", 1.0),
     "new values": lambda model, name: model.get_submodule(name).weight.data.mul_(2),

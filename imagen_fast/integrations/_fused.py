@@ -109,7 +109,10 @@ def why_called(child: nn.Module, expected: type[nn.Module]) -> str | None:
         return "its forward is replaced"
     if _module._has_any_global_hook():
         return "there are hooks on all modules"
-    for parameter in child._parameters.values():
+    parameters = child._parameters
+    if "weight" not in parameters or "bias" not in parameters:  # a buffer or an attribute has taken its name
+        return "its weight or bias is not a parameter"
+    for parameter in parameters.values():
         if type(parameter) not in _PLAIN_TENSORS:
             return "its parameters are of a tensor subclass"
     return None
