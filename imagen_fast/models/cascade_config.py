@@ -138,7 +138,7 @@ class ImagenConfig:
         super_resolution = EfficientUNetConfig(32, (1, 2, 4), (1, 2, 2), (), (), text_dim=None, groups=16)
         return cls(
             stages=(
-                StageConfig("base", 32, unet=unet, solver="ddim", steps=25, guidance=3.0),
+                StageConfig("base", 32, unet=unet, solver="ddim", steps=25, guidance=1.5),
                 StageConfig(
                     "super_128", 128, efficient_unet=super_resolution, solver="ddim", steps=10, augmentation=0.1
                 ),

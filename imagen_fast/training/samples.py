@@ -19,7 +19,7 @@ from .stages import BaseStage, DiffusionStage, SuperResolutionStage
 
 @torch.inference_mode()
 def save_sample_grid(
-    stage: DiffusionStage, modules: nn.ModuleDict, path: Path, *, steps: int = 25, guidance: float = 3.0
+    stage: DiffusionStage, modules: nn.ModuleDict, path: Path, *, steps: int = 25, guidance: float = 1.0
 ) -> None:
     """Sample with the averaged weights and save a grid: the prompts' pictures, or low resolution above high."""
     config = stage.config
