@@ -44,6 +44,8 @@ def main() -> int:
     )
     version = parser.parse_args().torch
     folder = ROOT / "build" / f"check-wheel-torch-{version}"
+    for old in folder.glob("*.whl"):
+        old.unlink()
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
     (wheel,) = folder.glob("*.whl")
     run(sys.executable, "-m", "venv", "--clear", folder / "venv")
