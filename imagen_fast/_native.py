@@ -7,11 +7,15 @@ from pathlib import Path
 
 import torch
 
+from .errors import UserError
+
 LIBRARY = Path(__file__).parent / "lib" / "libimagen_fast_cpu.so"
 
 _SCHEMAS = torch.library.Library("imagen_fast", "FRAGMENT")
 _SCHEMAS.define("_cpu_capability() -> str")
 _SCHEMAS.define("_set_cpu_capability(str name) -> ()")
+_SCHEMAS.define("_poison_outputs(bool on) -> ()")
+_SCHEMAS.define("_unwritten_output(int size) -> Tensor")
 
 
 @functools.cache
@@ -34,13 +38,29 @@ def load() -> bool:
 def cpu_capability() -> str:
     """The instruction set of the C++ kernels: "default", "avx2", "avx512" or "avx512_bf16"; loads the library."""
     _require()
-    return torch.ops.imagen_fast._cpu_capability()
+    try:
+        return torch.ops.imagen_fast._cpu_capability()
+    except RuntimeError as error:
+        message = str(error).partition("\n")[0]
+        raise UserError(f"the environment variable IMAGEN_FAST_CPU_CAPABILITY: {message}") from error
 
 
 def set_cpu_capability(name: str) -> None:
     """Use a lower instruction set than the best one, for tests; process-wide."""
     _require()
     torch.ops.imagen_fast._set_cpu_capability(name)
+
+
+def poison_outputs(on: bool) -> None:
+    """Fill the outputs of the C++ kernels with NaN before the kernels run, for tests; process-wide."""
+    _require()
+    torch.ops.imagen_fast._poison_outputs(on)
+
+
+def unwritten_output(size: int) -> torch.Tensor:
+    """An output of the C++ kernels, (1, size) in float32, that no kernel wrote to; for tests."""
+    _require()
+    return torch.ops.imagen_fast._unwritten_output(size)
 
 
 def _require() -> None:

@@ -6,18 +6,21 @@ strides (C * L, 1, C), for example as the transpose of a (B, L, C) sequence.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether x is dense with its channels innermost. Can be true of a contiguous tensor too (one channel, say)."""
-    rank = x.dim()
-    if rank == 3:
-        return x.transpose(1, 2).is_contiguous()
-    return rank > 3 and x.is_contiguous(memory_format=_CHANNELS_LAST[rank])
+    # By hand: `is_contiguous(memory_format=...)` does not work under `torch.vmap`.
+    shape, strides = x.shape, x.stride()
+    if len(shape) < 3:
+        return False
+    expected = 1
+    for i in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[i] != 1 and strides[i] != expected:
+            return x.numel() == 0
+        expected *= shape[i]
+    return True
 
 
 def is_dense(x: Tensor) -> bool:
@@ -36,9 +39,7 @@ def channels_last(x: Tensor) -> Tensor:
     """x with its channels innermost, copied only if it is not so already."""
     if x.dim() < 3:
         return x.contiguous()
-    if x.dim() == 3:
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    return x if is_channels_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def dense_like(y: Tensor, x: Tensor) -> Tensor:

@@ -47,9 +47,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory that PyTorch allocates and does not fill is full of NaN, so that an element left unwritten shows."""
+    """Memory that PyTorch or a C++ kernel allocates is full of NaN, so that an element left unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, its default
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+    native = _native.unavailable_reason() is None
+    if native:
+        _native.poison_outputs(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert not native or _native.unwritten_output(1000).isnan().all()
+        yield
+    finally:
+        if native:
+            _native.poison_outputs(False)
+        torch.use_deterministic_algorithms(before)

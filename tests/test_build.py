@@ -90,6 +90,15 @@ def test_unknown_instruction_set_is_refused():
         _native.set_cpu_capability("avx3")
 
 
+@needs_library
+def test_unknown_instruction_set_in_the_environment_is_explained():
+    environment = {**os.environ, "IMAGEN_FAST_CPU_CAPABILITY": "avx3"}
+    run = subprocess.run([sys.executable, "-m", "imagen_fast", "env"], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    assert re.search(r"IMAGEN_FAST_CPU_CAPABILITY: .*'avx3' .* have: default", run.stderr)
+
+
 # ---- The wheel
 
 

@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
+#include <cstring>
+
 #include "number_formats.h"
 
 namespace imagen_fast {
@@ -19,6 +22,9 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+// Whether outputs start as 0xff bytes, NaN in every dtype; PyTorch's own such switch does not reach them.
+extern std::atomic<bool> poison_outputs;
+
 // An uninitialised CPU tensor; about a microsecond cheaper than torch::stable::empty, which looks up an operator by
 // name.
 inline Tensor uninitialized(torch::headeronly::IntHeaderOnlyArrayRef sizes,
@@ -26,7 +32,13 @@ inline Tensor uninitialized(torch::headeronly::IntHeaderOnlyArrayRef sizes,
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (poison_outputs.load(std::memory_order_relaxed)) {
+    int64_t bytes;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+    if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
+  }
+  return tensor;
 }
 
 inline int32_t dtype_code(const Tensor& tensor) {

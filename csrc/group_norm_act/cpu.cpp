@@ -1,9 +1,8 @@
-// Registers the CPU kernels of group_norm_act. The schemas, and the checks of what users pass, are in
-// imagen_fast/ops/group_norm_act.py.
+// Registers the CPU kernels of group_norm_act. The schemas, and the checks that tell users what to pass instead, are in
+// imagen_fast/ops/group_norm_act.py; the checks here keep direct calls of the operators from reading out of bounds.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -35,16 +34,33 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-Parameter parameter(const std::optional<Tensor>& tensor) {
+void check_parameter(const Problem& p, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK((dtype_of(tensor) == DType::kDouble) == (p.dtype == DType::kDouble), "group_norm_act: ", name,
+                  " must be float64 if and only if x is");
+}
+
+Parameter per_channel(const Problem& p, const char* name, const std::optional<Tensor>& tensor) {
   if (!tensor) return {};
-  const bool per_sample = tensor->dim() == 2;
-  return {tensor->const_data_ptr(), dtype_of(*tensor), per_sample ? tensor->stride(0) : 0,
-          tensor->stride(per_sample ? 1 : 0)};
+  check_parameter(p, name, *tensor);
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == p.channels, "group_norm_act: ", name,
+                  " must have shape (C,), C = ", p.channels);
+  return {tensor->const_data_ptr(), dtype_of(*tensor), 0, tensor->stride(0)};
+}
+
+Parameter per_sample(const Problem& p, const char* name, const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  check_parameter(p, name, *tensor);
+  STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == p.batch && tensor->size(1) == p.channels,
+                  "group_norm_act: ", name, " must have shape (B, C), B = ", p.batch, ", C = ", p.channels);
+  return {tensor->const_data_ptr(), dtype_of(*tensor), tensor->stride(0), tensor->stride(1)};
 }
 
 Problem problem(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
                 const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                 const std::optional<Tensor>& shift, int64_t activation) {
+  STD_TORCH_CHECK(x.dim() >= 2, "group_norm_act: x must have at least 2 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kGeluTanh),
+                  "group_norm_act: no activation has the code ", activation);
   Problem p;
   p.dtype = dtype_of(x);
   p.batch = x.size(0);
@@ -55,10 +71,10 @@ Problem problem(const Tensor& x, int64_t num_groups, const std::optional<Tensor>
   p.channels_last = is_channels_last(x) || p.positions == 1;
   p.groups = num_groups;
   p.activation = static_cast<Activation>(activation);
-  p.weight = parameter(weight);
-  p.bias = parameter(bias);
-  p.scale = parameter(scale);
-  p.shift = parameter(shift);
+  p.weight = per_channel(p, "weight", weight);
+  p.bias = per_channel(p, "bias", bias);
+  p.scale = per_sample(p, "scale", scale);
+  p.shift = per_sample(p, "shift", shift);
   STD_TORCH_CHECK(num_groups > 0 && p.channels % num_groups == 0, "group_norm_act: ", num_groups,
                   " groups do not divide ", p.channels, " channels");
   return p;
@@ -66,6 +82,23 @@ Problem problem(const Tensor& x, int64_t num_groups, const std::optional<Tensor>
 
 int32_t statistics_dtype(const Problem& p) {
   return p.dtype == DType::kDouble ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+void check_statistics(const Problem& p, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      tensor.numel() == p.batch * p.groups && tensor.is_contiguous() && dtype_code(tensor) == statistics_dtype(p),
+      "group_norm_act: ", name, " must be as the forward pass returned it");
+}
+
+// Of x's shape, dtype and memory layout
+void check_gradient(const Tensor& dy, const Tensor& x) {
+  bool alike = dy.dim() == x.dim() && dtype_code(dy) == dtype_code(x);
+  for (int64_t i = 0; alike && i < x.dim(); ++i) alike = dy.size(i) == x.size(i);
+  STD_TORCH_CHECK(alike, "group_norm_act: dy must have the shape and dtype of x");
+  if (x.numel() == 0) return;
+  const bool same_layout = is_channels_last(dy) == is_channels_last(x);
+  STD_TORCH_CHECK(same_layout || x.numel() == x.size(0) * x.size(1),
+                  "group_norm_act: dy must have the memory layout of x");
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
@@ -77,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
   Tensor rstd = uninitialized_matrix(p.batch, p.groups, statistics_dtype(p));
   if (x.numel() == 0) {
     torch::stable::fill_(mean, 0);
-    torch::stable::fill_(rstd, NAN);
+    torch::stable::fill_(rstd, 0);
     return {y, mean, rstd};
   }
   Forward f{p, eps, x.const_data_ptr(), y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()};
@@ -90,8 +123,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
                                             const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                                             const std::optional<Tensor>& shift, int64_t activation) {
   const Problem p = problem(x, num_groups, weight, bias, scale, shift, activation);
-  STD_TORCH_CHECK(p.positions == 1 || x.numel() == 0 || is_channels_last(dy) == is_channels_last(x),
-                  "group_norm_act: dy must have the memory layout of x");
+  check_gradient(dy, x);
+  check_statistics(p, "mean", mean);
+  check_statistics(p, "rstd", rstd);
   Tensor dx = uninitialized_like(x);
   Tensor sum_dt = uninitialized_matrix(p.batch, p.channels, statistics_dtype(p));
   Tensor sum_dt_xhat = uninitialized_matrix(p.batch, p.channels, statistics_dtype(p));

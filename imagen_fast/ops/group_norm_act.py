@@ -109,13 +109,13 @@ def _accumulator(x: Tensor) -> torch.dtype:
 @torch.library.register_fake("imagen_fast::group_norm_act_cpu", lib=_LIBRARY)
 def _fake_forward(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=_accumulator(x)) for _ in range(2))
-    return torch.empty_like(x), mean, rstd
+    return x.new_empty_strided(x.shape, x.stride()), mean, rstd
 
 
 @torch.library.register_fake("imagen_fast::group_norm_act_backward_cpu", lib=_LIBRARY)
 def _fake_backward(dy: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     sum_dt, sum_dt_xhat = (x.new_empty(x.shape[:2], dtype=_accumulator(x)) for _ in range(2))
-    return torch.empty_like(x), sum_dt, sum_dt_xhat
+    return x.new_empty_strided(x.shape, x.stride()), sum_dt, sum_dt_xhat
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

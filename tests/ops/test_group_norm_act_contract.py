@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imagen_fast
-from imagen_fast import layout, ops
+from imagen_fast import _native, layout, ops
 from imagen_fast.testing import assert_model_as_accurate, assert_op_as_accurate
+
+needs_library = pytest.mark.skipif(_native.unavailable_reason() is not None, reason="the C++ library is not built")
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +321,70 @@ class TestOpcheck:
         _, mean, rstd = self.operators.group_norm_act_cpu(x, groups, *rest)
         arguments = (torch.randn_like(x), x, mean, rstd, groups, *rest[:-1])
         torch.library.opcheck(self.operators.group_norm_act_backward_cpu.default, arguments)
+
+    @pytest.mark.parametrize("shape", [(2, 8, 0), (0, 8, 3), (2, 8, 1, 1), (1, 8, 4, 1)], ids=str)
+    def test_shapes_with_zeros_and_ones(self, dtype: torch.dtype, nhwc: bool, shape: tuple[int, ...]) -> None:
+        x = torch.randn(shape).to(dtype)
+        x = layout.channels_last(x) if nhwc else x
+        arguments = (x, 4, None, None, None, None, 1, 1e-5)
+        torch.library.opcheck(self.operators.group_norm_act_cpu.default, arguments)
+        _, mean, rstd = self.operators.group_norm_act_cpu(*arguments)
+        arguments = (x, x, mean, rstd, *arguments[1:-1])
+        torch.library.opcheck(self.operators.group_norm_act_backward_cpu.default, arguments)
+
+
+@needs_library
+@pytest.mark.parametrize("strides", [(8, 1, 8, 8), (8, 1, 1, 1), (99, 1, 7, 5)], ids=str)
+def test_fake_outputs_have_the_strides_of_real_ones(strides: tuple[int, ...]) -> None:
+    x = torch.randn(8).as_strided((1, 8, 1, 1), strides)
+    y = torch.ops.imagen_fast.group_norm_act_cpu(x, 4, None, None, None, None, 1, 1e-5)[0]
+    with FakeTensorMode() as mode:
+        fake = torch.ops.imagen_fast.group_norm_act_cpu(mode.from_tensor(x), 4, None, None, None, None, 1, 1e-5)[0]
+    assert y.stride() == fake.stride() == strides
+
+
+FORWARD = {"x": torch.ones(2, 8, 3), "groups": 4} | dict.fromkeys(("weight", "bias", "scale", "shift")) | {"code": 1}
+BACKWARD = {"dy": torch.ones(2, 8, 3), "mean": torch.zeros(2, 4), "rstd": torch.ones(2, 4)}
+WRONG = {
+    "rank": {"x": torch.ones(8)},
+    "groups": {"groups": 0},
+    "code": {"code": 4},
+    "weight-size": {"weight": torch.ones(7)},
+    "bias-rank": {"bias": torch.ones(2, 8)},
+    "weight-dtype": {"weight": torch.ones(8).double()},
+    "bias-dtype": {"bias": torch.ones(8).int()},
+    "scale-rank": {"scale": torch.ones(8)},
+    "shift-batch": {"shift": torch.ones(1, 8)},
+    "dy-shape": {"dy": torch.ones(2, 8, 2)},
+    "dy-dtype": {"dy": torch.ones(2, 8, 3).half()},
+    "dy-layout": {"dy": torch.ones(2, 3, 8).transpose(1, 2)},
+    "mean-size": {"mean": torch.zeros(2, 3)},
+    "rstd-dtype": {"rstd": torch.ones(2, 4).double()},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_operators_called_directly_refuse_what_does_not_fit(change: dict[str, Any]) -> None:
+    x, *rest = (FORWARD | {key: value for key, value in change.items() if key in FORWARD}).values()
+    dy, mean, rstd = (BACKWARD | {key: value for key, value in change.items() if key in BACKWARD}).values()
+    with pytest.raises(RuntimeError, match=r"group_norm_act: |the CPU kernels take"):
+        torch.ops.imagen_fast.group_norm_act_backward_cpu(dy, x, mean, rstd, *rest)
+    if change.keys() <= FORWARD.keys():
+        with pytest.raises(RuntimeError, match=r"group_norm_act: |the CPU kernels take"):
+            torch.ops.imagen_fast.group_norm_act_cpu(x, *rest, 1e-5)
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 4])
+def test_vmap(in_dim: int) -> None:
+    x = torch.randn(2, 3, 8, 5, 5).movedim(1, in_dim)
+
+    def run(part: Tensor) -> Tensor:
+        imagen_fast.explain(ops.group_norm_act, part, 4)
+        return ops.group_norm_act(layout.channels_last(part), 4) + ops.group_norm_act(layout.dense(part), 4)
+
+    y = torch.vmap(run, in_dims=in_dim)(x)
+    torch.testing.assert_close(y, torch.stack([2 * ops.group_norm_act(part, 4) for part in x.unbind(in_dim)]))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
