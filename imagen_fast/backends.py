@@ -4,6 +4,9 @@ An op has up to four backends: `eager` (plain PyTorch, always there), `cpu` (C++
 one declares as data what it needs of a call: a device, and a table of `Requirement`s, each of which says why a call
 does not meet it. `auto` takes the first backend in the device's order of preference that has everything it needs.
 
+GPU kernels can be run on tensors of the CPU, for tests: Triton's by its interpreter (`TRITON_INTERPRET=1`), CUDA's by
+the host emulator of `csrc/common/simt`. That is slow, so `auto` never does it; `use_backend` does.
+
 Nothing falls back in silence: `auto` that lands on `eager` on a device that has a kernel says so, once per op and
 reason, on the logger "imagen_fast"; in strict mode it raises. A forced backend that cannot serve a call raises too.
 
@@ -27,7 +30,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch.autograd import forward_ad
 
-from . import _native
+from . import _cuda, _native
 from .errors import UserError
 
 logger = logging.getLogger("imagen_fast")
@@ -48,10 +51,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, known))}"
 
 
-def _cuda_unavailable() -> str | None:
-    return "the CUDA library is not built"
-
-
 def _triton_unavailable() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
 
@@ -60,8 +59,12 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "eager": lambda: None,
     "cpu": _native.unavailable_reason,
     "triton": _triton_unavailable,
-    "cuda": _cuda_unavailable,
+    "cuda": _cuda.unavailable_reason,
 }
+
+# Backends whose kernels run on tensors of the CPU in this process: for tests, and never by "auto". Triton decides when
+# it is imported, and so does this.
+_EMULATED = {"triton": os.environ.get("TRITON_INTERPRET", "") == "1", "cuda": _cuda.emulated()}
 
 
 def _traced_as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,7 +274,7 @@ class Op(Generic[Call]):
                 return f"IMAGEN_FAST_BACKEND names no backend; known: auto, {', '.join(NAMES)}"
             return f"it is not implemented there (it is on: {', '.join(self.backends)})"
         device = call[0].device.type
-        if name not in PREFERENCE.get(device, ()):
+        if name not in PREFERENCE.get(device, ()) and not (device == "cpu" and _EMULATED.get(name)):
             return f"the tensors are on {device}"
         reason = _unavailable(name)
         if reason is not None:
