@@ -41,7 +41,7 @@ def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) 
     """Build every variant of a peer and measure its errors; returns them and the seconds that building took.
 
     Raises:
-        PeerError: a variant cannot be built or run, or has other outputs than ours.
+        PeerError: a variant cannot be built or run, or computes something else.
     """
     prepared, seconds = {}, 0.0
     peer.load()
@@ -56,8 +56,19 @@ def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) 
         for name, exact in truth.truth.items():
             if name not in found or found[name].shape != exact.shape:
                 raise PeerError(f"{peer.name} ({label}) does not compute the same thing: {name} is missing or differs")
-        prepared[label] = Prepared(function, {n: check.error(found[n], exact) for n, exact in truth.truth.items()})
+        errors = {name: check.error(found[name], exact) for name, exact in truth.truth.items()}
+        for name, error in errors.items():
+            if not error <= _wrong(found[name].dtype):  # NaN is wrong too
+                raise PeerError(
+                    f"{peer.name} ({label}) does not compute the same thing: {name} is off by {error:.2g}, relatively"
+                )
+        prepared[label] = Prepared(function, errors)
     return prepared, seconds
+
+
+def _wrong(dtype: torch.dtype) -> float:
+    """A relative error that is no round-off: half the digits are lost. Within it, a peer may be less accurate than ours."""
+    return float(torch.finfo(dtype).eps ** 0.5)
 
 
 def time_alone(case: Case, peer: Peer, settings: Settings) -> PeerResult:

@@ -8,39 +8,48 @@ from `imagen-fast bench`, which interleaves them.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from imagen_fast.bench import check, registry
+from imagen_fast.bench import check, peers, registry
 from imagen_fast.bench.measure import usable_backends
-from imagen_fast.bench.registry import Case
+from imagen_fast.bench.registry import Case, Peer
 from imagen_fast.bench.timing import contender
 
 CASES = [case for op in registry.ops() for case in registry.load(op)]
 
 
 def _benchmarks() -> list[Any]:
-    names = [(case, side) for case in CASES for side in ("ours", *(peer.name for peer in case.peers))]
-    return [pytest.param(case, side, id=f"{case.op}-{case.name}-{side}") for case, side in names]
+    """Ours, and every variant of every peer."""
+    return [
+        pytest.param(case, peer, variant, id=f"{case.op}-{case.name}-{side}")
+        for case in CASES
+        for side, peer, variant in (
+            ("ours", None, ""),
+            *((f"{peer.name}-{label}", peer, label) for peer in case.peers for label in peer.variants),
+        )
+    ]
 
 
-@pytest.mark.parametrize(("case", "side"), _benchmarks())
-def test_speed(case: Case, side: str, benchmark: Any) -> None:
+@pytest.mark.parametrize(("case", "peer", "variant"), _benchmarks())
+def test_speed(case: Case, peer: Peer | None, variant: str, benchmark: Any) -> None:
     values = case.make_inputs(0)
-    if side == "ours":
+    truth = check.truth(case, values)
+    if peer is None:
         backends, reasons = usable_backends(case, values)
         if not backends:
             pytest.skip(reasons)
         name, context = next(iter(backends.items()))
-        check.accuracy(check.results(case, case.ours, values, context), check.truth(case, values))
+        check.accuracy(check.results(case, case.ours, values, context), truth)
         timed = contender(name, case, case.ours, values, context)
     else:
-        peer = case.peer(side)
         if peer.isolated:
-            pytest.skip(f"{side} needs a process of its own")
-        peer.load()
-        timed = contender(side, case, next(iter(peer.variants.values()))(case), values)
+            pytest.skip(f"{peer.name} needs a process of its own")
+        alone = dataclasses.replace(peer, variants={variant: peer.variants[variant]})
+        prepared, _ = peers.prepare(case, alone, values, truth)
+        timed = contender(peer.name, case, prepared[variant].function, values)
 
     benchmark.group = f"{case.op}-{case.name}"
     with timed.context():

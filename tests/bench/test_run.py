@@ -29,11 +29,11 @@ def run_toy(case: str, peers: list[str], **options: Any) -> results.Result:
 
 
 def test_rows_of_a_case() -> None:
-    result = run_toy("right-forward", ["eager", "two", "wrong"])
-    assert [(row.backend, row.peer) for row in result.rows] == [("cpu", "eager"), ("cpu", "two"), ("cpu", "wrong")]
+    result = run_toy("right-forward", ["eager", "two"])
+    assert [(row.backend, row.peer) for row in result.rows] == [("cpu", "eager"), ("cpu", "two")]
     assert not result.failures
     assert result.complete
-    eager, two, wrong = result.rows
+    eager, two = result.rows
     assert eager.ratio == eager.theirs.median / eager.ours.median
     assert eager.ours == two.ours  # all peers in one run
     assert two.variant in ("first", "second")
@@ -41,7 +41,6 @@ def test_rows_of_a_case() -> None:
     assert eager.percent_of_floor == pytest.approx(100 * eager.floor / eager.ours.median)
     assert eager.error <= eager.allowed_error
     assert eager.peer_error == eager.error
-    assert wrong.peer_error > 0.1
 
 
 def test_backward_rows_hold_the_gradients_to_the_rule() -> None:
@@ -65,10 +64,11 @@ def test_without_a_kernel_the_reasons_are_told() -> None:
 
 
 def test_a_failing_peer_does_not_stop_the_others() -> None:
-    result = run_toy("right-forward", ["eager", "broken", "other shape"])
+    result = run_toy("right-forward", ["eager", "broken", "wrong", "other shape"])
     assert [row.peer for row in result.rows] == ["eager"]
     assert {f.contender: f.message for f in result.failures} == {
         "broken": "broken (broken): RuntimeError: no such peer",
+        "wrong": "wrong (wrong) does not compute the same thing: output is off by 0.18, relatively",
         "other shape": "other shape (other) does not compute the same thing: output is missing or differs",
     }
 
