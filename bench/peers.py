@@ -67,7 +67,7 @@ def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) 
 
 
 def _wrong(dtype: torch.dtype) -> float:
-    """A relative error that is no round-off: half the digits are lost. Within it, a peer may be less accurate than ours."""
+    """A relative error above round-off: half the digits are lost. Below it, a peer may differ from ours."""
     return float(torch.finfo(dtype).eps ** 0.5)
 
 

@@ -26,3 +26,12 @@ def test_the_card_says_what_was_measured(row):
     rows = [line for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if line.endswith("|")]
     kind = "training" if result["split"] == "train" else "held-out"
     assert any(line.startswith(f"| {kind}") and line.endswith(expected) for line in rows)
+
+
+def test_the_card_counts_the_parameters():
+    model = imagen_fast.models.Imagen.from_pretrained("emoji")
+    parts = (model.text_encoder, *model.unets.values())
+    card = " ".join((FOLDER / "README.md").read_text(encoding="utf-8").split())
+    for part in parts:
+        millions = sum(parameter.numel() for parameter in part.parameters()) / 1e6
+        assert f"({millions:.1f} M" in card
