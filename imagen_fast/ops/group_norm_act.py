@@ -26,6 +26,7 @@ from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, dense_like, is_dense
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
 from . import _checks
+from ._group_norm_gradients import Needs, parameter_gradients
 
 _ACTIVATION_CODES: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
@@ -130,20 +131,9 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     dx, sum_dt, sum_dt_xhat = _backward(
         dense_like(dy, x), x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.activation
     )
-    need_dx, _, need_dweight, need_dbias, need_dscale, need_dshift, _, _ = ctx.needs_input_grad
-    dweight = dbias = dscale = dshift = None
-    if scale is not None:
-        factor = 1 + scale.to(sum_dt.dtype)  # wide before the addition, as in the kernels
-    if need_dweight:
-        dweight = (sum_dt_xhat if scale is None else sum_dt_xhat * factor).sum(0).to(weight.dtype)
-    if need_dbias:
-        dbias = (sum_dt if scale is None else sum_dt * factor).sum(0).to(bias.dtype)
-    if need_dscale:
-        dscale = sum_dt_xhat if weight is None else sum_dt_xhat * weight
-        dscale = (dscale if bias is None else dscale + sum_dt * bias).to(scale.dtype)
-    if need_dshift:
-        dshift = sum_dt.to(shift.dtype)
-    return dx if need_dx else None, None, dweight, dbias, dscale, dshift, None, None
+    need_dx, _, *needs = ctx.needs_input_grad[:6]
+    gradients = parameter_gradients(sum_dt, sum_dt_xhat, weight, bias, scale, shift, Needs(*needs))
+    return dx if need_dx else None, None, *gradients, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
