@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .provenance import last_level_cache
+from ..provenance import last_level_cache
 from .registry import dtype_name
 from .timing import Contender, Settings, interleave
 
 _COLD_FACTOR = 4  # a copy of this many last-level caches runs at the speed of main memory
-_MATMUL_SIZES = (256, 512, 1024, 2048)
+_MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _MATMUL_SECONDS = 0.2  # the next size is tried only while a product stays below this
 
 
@@ -45,13 +45,14 @@ class Limits:
 
     copy: tuple[CopyRate, ...] = ()
     matmul: tuple[MatmulRate, ...] = ()
+    device: str = "cpu"
 
     def floor(self, moved: int, flops: int, dtype: torch.dtype, cold: bool = False) -> float:
         """The least seconds in which `moved` bytes and `flops` operations can be done, by what was measured.
 
         With `cold` the bytes come from main memory, whatever their number.
         """
-        working_set = max(moved, _COLD_FACTOR * last_level_cache()) if cold else moved
+        working_set = max(moved, _COLD_FACTOR * last_level_cache(self.device)) if cold else moved
         rate = self.matmul_rate(dtype)
         if dtype != torch.float64:
             rate = max(rate, self.matmul_rate(torch.float32))
@@ -62,7 +63,7 @@ class Limits:
         for known in self.copy:
             if known.moved == moved:
                 return known.bytes_per_second
-        self.copy += (CopyRate(moved, copy_bandwidth(moved)),)
+        self.copy += (CopyRate(moved, copy_bandwidth(moved, self.device)),)
         return self.copy[-1].bytes_per_second
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
@@ -71,42 +72,41 @@ class Limits:
         for known in self.matmul:
             if known.dtype == name:
                 return known.flops_per_second
-        self.matmul += (MatmulRate(name, matmul_rate(dtype)),)
+        self.matmul += (MatmulRate(name, matmul_rate(dtype, self.device)),)
         return self.matmul[-1].flops_per_second
 
 
-def copy_bandwidth(moved: int, seconds: float = 0.15) -> float:
+def copy_bandwidth(moved: int, device: str = "cpu", seconds: float = 0.15) -> float:
     """Bytes read and written per second by a copy that reads `moved / 2` bytes and writes as many.
 
-    The better of PyTorch's copy, which uses all threads, and numpy's, which uses one and costs less to call.
+    On the CPU the better of PyTorch's copy, which uses all threads, and numpy's, which uses one and costs less to call.
     """
-    source = torch.ones(max(moved // 2, 8) // 4 + 1, dtype=torch.float32)
+    source = torch.ones(max(moved // 2, 8) // 4 + 1, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
-    source_array, target_array = source.numpy(), target.numpy()
-    copies: dict[str, Callable[[], object]] = {
-        "torch": lambda: target.copy_(source),
-        "numpy": lambda: target_array.__setitem__(slice(None), source_array),
-    }
-    return 2 * source.numel() * 4 / _fastest(copies, seconds)
+    copies: dict[str, Callable[[], object]] = {"torch": lambda: target.copy_(source)}
+    if device == "cpu":
+        source_array, target_array = source.numpy(), target.numpy()
+        copies["numpy"] = lambda: target_array.__setitem__(slice(None), source_array)
+    return 2 * source.numel() * 4 / _fastest(copies, device, seconds)
 
 
-def matmul_rate(dtype: torch.dtype, seconds: float = 0.3) -> float:
+def matmul_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3) -> float:
     """Flops per second of a product of two square matrices in `dtype`, the best over a few sizes."""
     best = 0.0
     for size in _MATMUL_SIZES:
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        needed = _fastest({"matmul": lambda a=a, b=b: a @ b}, seconds if best else 0.0)  # type: ignore[misc]
+        a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+        needed = _fastest({"matmul": lambda a=a, b=b: a @ b}, device, seconds if best else 0.0)  # type: ignore[misc]
         best = max(best, 2 * size**3 / needed)
         if needed * 8 > _MATMUL_SECONDS:
             break
     return best
 
 
-def _fastest(functions: dict[str, Callable[[], object]], seconds: float) -> float:
+def _fastest(functions: dict[str, Callable[[], object]], device: str, seconds: float) -> float:
     """The lowest 20 % quantile of seconds per call: a limit is what is possible when nothing else disturbs."""
     contenders = [
         Contender(name, call=lambda _, function=function: function(), state=lambda: None)  # type: ignore[misc]
         for name, function in functions.items()
     ]
-    timings = interleave(contenders, Settings(seconds=seconds / len(functions), min_rounds=5))
+    timings = interleave(contenders, Settings(seconds=seconds / len(functions), min_rounds=5, device=device))
     return min(timing.q20 for timing in timings.values())

@@ -29,7 +29,7 @@ def measure(
     limits: Limits,
     directory: Path = CASES_DIRECTORY,
 ) -> tuple[list[Row], list[Failure]]:
-    """Check and time one case on the CPU.
+    """Check and time one case on the device of the settings.
 
     Args:
         case: what to measure.
@@ -43,7 +43,7 @@ def measure(
     """
     if "torch._dynamo" in sys.modules:  # else earlier cases' compilations make this one's shapes dynamic
         torch._dynamo.reset()
-    values = case.make_inputs(0)
+    values = case.make_inputs(0, settings.device)
     truth = check.truth(case, values)
     backends, reasons = usable_backends(case, values)
     failures = [] if backends else [Failure(case.name, "ours", f"no kernel can run it ({reasons})")]

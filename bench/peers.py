@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """A peer's fastest variant. `preparation` is the seconds that building all variants took."""
+    """A peer's fastest variant. `preparation` is the seconds that all variants took to their first results."""
 
     variant: str
     timing: Timing
@@ -38,7 +39,7 @@ class PeerResult:
 
 
 def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) -> tuple[dict[str, Prepared], float]:
-    """Build every variant of a peer and measure its errors; returns them and the seconds that building took.
+    """Build every variant of a peer and measure its errors; returns them, and the seconds to their first results.
 
     Raises:
         PeerError: a variant cannot be built or run, or computes something else.
@@ -48,9 +49,10 @@ def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) 
     for label, build in peer.variants.items():
         try:
             start = time.perf_counter()
-            function = build(case)
+            with peer.preparing():
+                function = build(case)
+                found = check.results(case, function, values)
             seconds += time.perf_counter() - start
-            found = check.results(case, function, values)
         except Exception as error:  # compilers and foreign libraries raise what they like
             raise PeerError(f"{peer.name} ({label}): {type(error).__name__}: {_first_line(error)}") from error
         for name, exact in truth.truth.items():
@@ -73,7 +75,7 @@ def _wrong(dtype: torch.dtype) -> float:
 
 def time_alone(case: Case, peer: Peer, settings: Settings) -> PeerResult:
     """Prepare a peer and time its variants against each other alone, without ours."""
-    values = case.make_inputs(0)
+    values = case.make_inputs(0, settings.device)
     prepared, seconds = prepare(case, peer, values, check.truth(case, values))
     timings = interleave([contender(label, case, p.function, values) for label, p in prepared.items()], settings)
     best = min(timings, key=lambda label: timings[label].median)
@@ -88,19 +90,16 @@ def compiled(function: Function, modes: tuple[str, ...] = ("default", "max-autot
     """
 
     def variant(mode: str) -> Callable[[Case], Function]:
-        return lambda case: _compile(function, mode, case)
+        return lambda case: torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
     variants: Mapping[str, Callable[[Case], Function]] = {mode: variant(mode) for mode in modes}
-    return Peer("compile", variants, load=_load_compiler)
+    return Peer("compile", variants, load=_load_compiler, preparing=_empty_caches)
 
 
-def _compile(function: Function, mode: str, case: Case) -> Function:
+def _empty_caches() -> AbstractContextManager[Any]:
     from torch._inductor.utils import fresh_cache
 
-    made: Function = torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
-    with fresh_cache():
-        check.results(case, made, case.make_inputs(0))
-    return made
+    return fresh_cache()
 
 
 @functools.cache

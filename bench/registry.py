@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -41,12 +42,14 @@ class Peer:
             one stands for the peer.
         isolated: the peer runs in a process of its own, because importing it changes this one.
         load: called before the first builder: what is done once per process and no fault of the case (imports).
+        preparing: entered around the building of a variant and its first call.
     """
 
     name: str
     variants: Mapping[str, Callable[[Case], Function]]
     isolated: bool = False
     load: Callable[[], object] = lambda: None
+    preparing: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)

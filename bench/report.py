@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from ..errors import UserError
 from ..files import atomic_file
+from ..provenance import Provenance
 from .results import Result, Row, load
 
 # One colour per peer, told apart by people who do not see red and green as different (Okabe and Ito's palette).
@@ -64,7 +65,7 @@ def _describe(result: Result) -> str:
     source = result.provenance
     commit = f"commit {source.commit[:10]}{' with changes' if source.dirty else ''}" if source.commit else ""
     parts = (
-        f"{source.machine}, {source.threads} thread{'s' if source.threads != 1 else ''}, {source.capability}",
+        _machine(source),
         f"torch {source.torch}",
         f"imagen_fast {source.imagen_fast}",
         commit,
@@ -72,6 +73,12 @@ def _describe(result: Result) -> str:
         "inputs from memory" if result.settings.cold else "inputs in cache where they fit",
     )
     return "; ".join(part for part in parts if part)
+
+
+def _machine(source: Provenance) -> str:
+    if source.driver:
+        return f"{source.machine}, {source.capability}, {source.driver}"
+    return f"{source.machine}, {source.threads} thread{'s' if source.threads != 1 else ''}, {source.capability}"
 
 
 def plot(result: Result, path: Path) -> None:

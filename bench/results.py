@@ -17,8 +17,8 @@ from typing import Any
 from ..config import from_dict
 from ..errors import UserError
 from ..files import atomic_file
+from ..provenance import Provenance
 from .floor import Limits
-from .provenance import Provenance
 from .timing import Settings, Timing
 
 SCHEMA = 1

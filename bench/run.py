@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .. import provenance
 from ..errors import UserError
 from ..files import check_writable
-from . import provenance, registry, report
+from . import registry, report
+from .floor import Limits
 from .measure import measure
 from .registry import Case
 from .results import Result
@@ -31,6 +36,7 @@ def run(
     peers: Iterable[str] | None = None,
     settings: Settings | None = None,
     threads: int | None = None,
+    budget: float = math.inf,
     progress: bool = True,
     directory: Path = registry.CASES_DIRECTORY,
 ) -> list[Result]:
@@ -44,6 +50,8 @@ def run(
         peers: names of the peers to time; all by default.
         settings: how long to measure; see `timing.Settings`.
         threads: number of threads of PyTorch and the kernels; unchanged by default.
+        budget: seconds after which no further case is begun; the results are then not complete. Cases with the tag
+            "headline" come first.
         progress: whether to show a progress bar on stderr.
         directory: where the cases are.
 
@@ -51,34 +59,43 @@ def run(
         One result per op.
 
     Raises:
-        UserError: an unknown op, case or peer, with the nearest name; a number of threads below 1.
+        UserError: an unknown op, case or peer, with the nearest name; a number of threads below 1; no such device.
         OutputError: `output` cannot be written, found out before anything is measured.
 
     Example:
         >>> [result] = run(["group_norm_act"], case="bf16-nhwc", settings=Settings.quick())
         >>> print(report.markdown(result))
     """
-    chosen = _choose(ops, case, directory)
     settings = settings or Settings()
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    chosen = _choose(ops, case, directory)
     names = registry.select_peers([c for cases in chosen.values() for c in cases], peers)
     with _threads(threads):
-        results = [Result(op, provenance.collect(), settings) for op in chosen]
+        source = provenance.collect(settings.device)
+        results = {op: Result(op, source, settings, Limits(device=settings.device)) for op in chosen}
         if output is not None:
-            for result in results:
+            for result in results.values():
                 check_writable(output / f"{result.name}.json")
-        total = sum(map(len, chosen.values()))
-        with tqdm(total=total, unit="case", disable=None if progress else True) as bar:
-            for result in results:
-                for each in chosen[result.op]:
-                    bar.set_description(each.name)
-                    rows, failures = measure(each, names, settings, result.limits, directory)
-                    result.rows += tuple(rows)
-                    result.failures += tuple(failures)
-                    result.complete = each is chosen[result.op][-1]
-                    if output is not None:
-                        result.write(output)
-                    bar.update()
-    return results
+        queue = [each for cases in chosen.values() for each in cases]
+        queue.sort(key=lambda each: "headline" not in each.tags)
+        waiting = Counter(each.op for each in queue)
+        end = time.monotonic() + budget
+        with tqdm(total=len(queue), unit="case", disable=None if progress else True) as bar:
+            for each in queue:
+                if time.monotonic() > end:
+                    break
+                bar.set_description(f"{each.op} {each.name}")
+                result = results[each.op]
+                rows, failures = measure(each, names, settings, result.limits, directory)
+                result.rows += tuple(rows)
+                result.failures += tuple(failures)
+                waiting[each.op] -= 1
+                result.complete = not waiting[each.op]
+                if output is not None:
+                    result.write(output)
+                bar.update()
+    return list(results.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="write <op>-<machine>.json into this directory")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: PyTorch's)")
     parser.add_argument("--quick", action="store_true", help="a short look instead of a measurement to record")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after these")
     parser.add_argument("--cold", action="store_true", help="inputs from memory instead of from the caches")
     parser.add_argument("--list", action="store_true", help="list the cases and their peers, and stop")
 
@@ -105,8 +124,9 @@ def main(args: argparse.Namespace) -> int:
         case=args.case,
         output=args.output,
         peers=args.peers.split(",") if args.peers else None,
-        settings=Settings.quick(args.cold) if args.quick else Settings(cold=args.cold),
+        settings=Settings.quick(args.cold, args.device) if args.quick else Settings(cold=args.cold, device=args.device),
         threads=args.threads,
+        budget=args.budget,
         progress=sys.stderr.isatty(),
     )
     for result in results:
@@ -115,6 +135,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"\nwritten to {args.output / result.name}.json")
         for failure in result.failures:
             print(f"{failure.case}: {failure.contender}: {failure.message}", file=sys.stderr)
+        if not result.complete:
+            print(f"{result.op}: not all cases were measured in the time that --budget gives", file=sys.stderr)
         noisy = sum(row.ours.q80 > _NOISY * row.ours.q20 for row in result.rows)
         if noisy:
             print(f"{noisy} of {len(result.rows)} timings of ours vary by more than {_NOISY:g} times", file=sys.stderr)

@@ -14,8 +14,7 @@ How a number comes about:
   for this one call. No graph is retained: peers that would free or reuse saved tensors during the backward may do so.
   What a contender shifts into its forward shows in direction "forward_backward", which times both together.
 - Python's garbage collector is off while measuring. Direction "forward" runs under `torch.no_grad()`.
-
-Only the CPU's clock is here. A GPU needs events or graph replay in the place of `_batch`; nothing else changes.
+- On a GPU a batch is timed by the device; `clocks` says how.
 """
 
 from __future__ import annotations
@@ -28,15 +27,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .provenance import last_level_cache
+from .clocks import Clock, clock
 from .registry import Case, Function
-
-_UNKNOWN_CACHE = 64 << 20  # bytes to sweep where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Settings:
         batch_seconds: length of a batch.
         min_rounds, max_rounds: bounds on the number of rounds.
         cold: sweep the caches before each call.
+        device: where: "cpu" or "cuda".
     """
 
     seconds: float = 0.5
@@ -55,11 +54,12 @@ class Settings:
     min_rounds: int = 21
     max_rounds: int = 401
     cold: bool = False
+    device: str = "cpu"
 
     @classmethod
-    def quick(cls, cold: bool = False) -> Settings:
+    def quick(cls, cold: bool = False, device: str = "cpu") -> Settings:
         """A look, not a record."""
-        return cls(seconds=0.05, batch_seconds=5e-4, min_rounds=5, max_rounds=101, cold=cold)
+        return cls(seconds=0.05, batch_seconds=5e-4, min_rounds=5, max_rounds=101, cold=cold, device=device)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Contender:
         state: makes the state for one call, outside the clock: the inputs, or for a backward the graph.
         one_by_one: a state must be used as soon as it is made (a backward, whose tensors are then in cache).
         context: entered around each batch, outside the clock (the choice of backend).
+        whole: on a GPU, what a call costs the host counts too.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Contender:
     state: Callable[[], Any]
     one_by_one: bool = False
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    whole: bool = False
 
 
 def contender(
@@ -100,8 +102,10 @@ def contender(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Contender:
     """`function` on the inputs `values` in the direction of the case, ready to be timed."""
+    whole = "overhead" in case.tags
     if case.direction == "forward":
-        return Contender(name, lambda given: function(**given), lambda: values, context=lambda: _no_grad(context))
+        no_grad = partial(_no_grad, context)
+        return Contender(name, lambda given: function(**given), lambda: values, context=no_grad, whole=whole)
 
     wanted = [values[key] for key in case.differentiable]
     with context():
@@ -114,19 +118,20 @@ def contender(
         return torch.autograd.grad(*state)
 
     if case.direction == "backward":
-        return Contender(name, backward, forward, one_by_one=True, context=context)
-    return Contender(name, lambda _: backward(forward()), lambda: None, context=context)
+        return Contender(name, backward, forward, one_by_one=True, context=context, whole=whole)
+    return Contender(name, lambda _: backward(forward()), lambda: None, context=context, whole=whole)
 
 
 def interleave(contenders: Sequence[Contender], settings: Settings) -> dict[str, Timing]:
     """Time all contenders, at least one and of different names, side by side."""
-    sweep = _sweeper() if settings.cold else None
+    device = clock(settings.device)
+    sweep = device.sweeper() if settings.cold else None
     with _no_garbage_collection():
-        costs = {c.name: _warm_up(c, settings) for c in contenders}  # seconds: of the call, of call and state
-        sizes = {c.name: _batch_size(c, costs[c.name][0], settings) for c in contenders}
-        one_round = sum(costs[c.name][1] * (sizes[c.name] + 1) for c in contenders)
+        costs = {c.name: _warm_up(c, device, settings) for c in contenders}
+        sizes = {c.name: _batch_size(c, costs[c.name].call, device, settings) for c in contenders}
+        one_round = sum(costs[c.name].whole * (sizes[c.name] + 1) for c in contenders)
         if sweep is not None:
-            one_round += len(contenders) * _seconds(sweep)
+            one_round += len(contenders) * _seconds(sweep, device)
         budget = settings.seconds * len(contenders)
         rounds = min(max(math.ceil(budget / one_round), settings.min_rounds), settings.max_rounds)
         samples: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -135,7 +140,7 @@ def interleave(contenders: Sequence[Contender], settings: Settings) -> dict[str,
         for _ in range(rounds):
             shuffle(order)
             for c in order:
-                samples[c.name].append(_batch(c, sizes[c.name], sweep))
+                samples[c.name].append(_batch(c, sizes[c.name], costs[c.name].queueing, device, sweep))
     return {name: summarise(values, sizes[name]) for name, values in samples.items()}
 
 
@@ -158,53 +163,53 @@ def output_gradients(output: Any, seed: int = 0) -> list[Tensor]:
     return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in tensors(output)]
 
 
-def _batch(c: Contender, size: int, sweep: Callable[[], object] | None) -> float:
-    """Seconds per call of one batch."""
+def _batch(c: Contender, size: int, queueing: float, device: Clock, sweep: Callable[[], object] | None) -> float:
+    """Seconds per call of one batch; `queueing` is the host's time for one call."""
     with c.context():
         c.call(c.state())
         states = [c.state() for _ in range(size)]
-        call = c.call
         if sweep is not None:
             sweep()
-        start = time.perf_counter()
-        for state in states:
-            call(state)
-        return (time.perf_counter() - start) / size
+        return device.seconds(c.call, states, queueing * size, c.whole) / size
 
 
-def _warm_up(c: Contender, settings: Settings) -> tuple[float, float]:
-    """Call until times have settled; returns seconds of one call, and of one call with the making of its state."""
-    calls: list[float] = []
-    whole: list[float] = []
+class _Cost(NamedTuple):
+    """Seconds: of one call, of one call with the making of its state, and of the host for one call."""
+
+    call: float
+    whole: float
+    queueing: float
+
+
+def _warm_up(c: Contender, device: Clock, settings: Settings) -> _Cost:
+    """Call until times have settled."""
+    costs: list[_Cost] = []
     begin = time.perf_counter()
     with c.context():
-        while len(calls) < 3 or (time.perf_counter() - begin < settings.seconds / 10 and len(calls) < 1000):
+        while len(costs) < 3 or (time.perf_counter() - begin < settings.seconds / 10 and len(costs) < 1000):
             before = time.perf_counter()
             state = c.state()
+            device.synchronize()
             start = time.perf_counter()
             c.call(state)
+            queued = time.perf_counter()
+            device.synchronize()
             end = time.perf_counter()
-            calls.append(end - start)
-            whole.append(end - before)
+            costs.append(_Cost(end - start, end - before, queued - start))
             del state
-    return sorted(calls)[len(calls) // 2], sorted(whole)[len(whole) // 2]
+    return _Cost(*(sorted(values)[len(values) // 2] for values in zip(*costs, strict=True)))
 
 
-def _batch_size(c: Contender, seconds_per_call: float, settings: Settings) -> int:
+def _batch_size(c: Contender, seconds_per_call: float, device: Clock, settings: Settings) -> int:
     if c.one_by_one or settings.cold:
         return 1
-    return min(max(math.ceil(settings.batch_seconds / max(seconds_per_call, 1e-7)), 1), 1000)
+    return min(max(math.ceil(settings.batch_seconds / max(seconds_per_call, 1e-7)), 1), device.most_calls)
 
 
-def _sweeper() -> Callable[[], object]:
-    """A function that fills the caches with what nobody needs."""
-    buffer = torch.zeros(2 * (last_level_cache() or _UNKNOWN_CACHE), dtype=torch.uint8)
-    return lambda: buffer.add_(1)
-
-
-def _seconds(function: Callable[[], object]) -> float:
+def _seconds(function: Callable[[], object], device: Clock) -> float:
     start = time.perf_counter()
     function()
+    device.synchronize()
     return time.perf_counter() - start
 
 

@@ -15,9 +15,9 @@ import torch
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from ..bench.provenance import collect
 from ..files import atomic_file, check_writable
 from ..models import Imagen
+from ..provenance import collect
 from .emoji.dataset import EmojiDataset
 from .stages import resized
 

@@ -26,8 +26,8 @@ def test_floor(flops: int, dtype: torch.dtype, seconds: float) -> None:
 
 def test_each_rate_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(floor, "copy_bandwidth", lambda moved: asked.append(moved) or 1e9)
-    monkeypatch.setattr(floor, "matmul_rate", lambda dtype: asked.append(dtype) or 1e9)
+    monkeypatch.setattr(floor, "copy_bandwidth", lambda moved, device: asked.append(moved) or 1e9)
+    monkeypatch.setattr(floor, "matmul_rate", lambda dtype, device: asked.append(dtype) or 1e9)
     found = Limits()
     for _ in range(3):
         found.floor(4096, 10, torch.bfloat16)
@@ -36,7 +36,7 @@ def test_each_rate_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cold_bytes_come_from_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "last_level_cache", lambda: 1 << 20)
+    monkeypatch.setattr(floor, "last_level_cache", lambda device: 1 << 20)
     found = Limits((CopyRate(1000, 1e6), CopyRate(4 << 20, 1e5)), limits().matmul)
     assert found.floor(1000, 1, torch.float32, cold=True) == pytest.approx(1e-2)
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from imagen_fast.bench import provenance, report, results
+from imagen_fast import provenance
+from imagen_fast.bench import report, results
 from imagen_fast.bench.floor import CopyRate, Limits, MatmulRate
 from imagen_fast.bench.results import Failure, Result, Row
 from imagen_fast.bench.timing import Settings, Timing

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ from imagen_fast.bench.timing import Settings
 from imagen_fast.errors import OutputError, UserError
 
 TOY = Path(__file__).parent / "cases"
+TOY_CASES = registry.load("add_one", TOY)
 SHORT = Settings(seconds=0.005, batch_seconds=1e-4, min_rounds=5, max_rounds=20)
 
 
 @pytest.fixture(autouse=True)
 def _no_measuring_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "copy_bandwidth", lambda moved: 1e10)
-    monkeypatch.setattr(floor, "matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(floor, "copy_bandwidth", lambda moved, device: 1e10)
+    monkeypatch.setattr(floor, "matmul_rate", lambda dtype, device: 1e11)
 
 
 def run_toy(case: str, peers: list[str], **options: Any) -> results.Result:
@@ -94,6 +96,22 @@ def test_the_file_is_written_after_every_case(tmp_path: Path, monkeypatch: pytes
         run_toy("right", ["eager"], output=tmp_path)
     [file] = tmp_path.iterdir()
     assert not results.load(file).complete
+
+
+def test_a_budget_ends_the_run_and_headline_cases_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(run, "measure", lambda case, *_: measured.append(case.name) or ([], []))
+    monkeypatch.setattr(registry, "_import", lambda *_: SimpleNamespace(cases=lambda: reversed(list(TOY_CASES))))
+    assert run_toy("right", ["eager"]).complete
+    assert measured == ["right-forward", "right-backward"]
+    assert not run_toy("right", ["eager"], budget=-1).complete
+    assert len(measured) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA device here"):
+        run.main(arguments("--device", "cuda"))
 
 
 def test_an_output_that_cannot_be_written_is_found_out_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ import dataclasses
 import gc
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from imagen_fast.bench import registry, timing
+from imagen_fast.bench import clocks, registry, timing
 from imagen_fast.bench.timing import Contender, Settings, contender, interleave, summarise
 
 TOY = Path(__file__).parent / "cases"
@@ -47,7 +48,7 @@ def test_rounds_interleave_in_changing_order_with_one_call_off_the_clock(monkeyp
 
 def test_cold_sweeps_the_caches_between_the_state_and_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    monkeypatch.setattr(timing, "_sweeper", lambda: lambda: log.append("sweep"))
+    monkeypatch.setattr(clocks.HostClock, "sweeper", lambda _: lambda: log.append("sweep"))
     cold = Contender("c", call=lambda _: log.append("call"), state=lambda: log.append("state"))
     found = interleave([cold], dataclasses.replace(SHORT, cold=True))["c"]
     assert found.calls == found.rounds
@@ -55,8 +56,8 @@ def test_cold_sweeps_the_caches_between_the_state_and_each_call(monkeypatch: pyt
 
 
 def test_the_sweep_exceeds_the_last_level_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "last_level_cache", lambda: 1000)
-    assert timing._sweeper()().numel() == 2000  # type: ignore[attr-defined]
+    monkeypatch.setattr(clocks, "last_level_cache", lambda device: 1000)
+    assert clocks.clock("cpu").sweeper()().numel() == 2000  # type: ignore[attr-defined]
 
 
 def test_forward_runs_without_gradients() -> None:
@@ -114,3 +115,49 @@ def test_garbage_collection_is_off_inside_and_back_afterwards() -> None:
     with pytest.raises(KeyError):
         interleave([Contender("c", call=fail, state=lambda: None)], SHORT)
     assert gc.isenabled()
+
+
+class FakeDevice:
+    """torch.cuda as far as the clock uses it: time passes by spinning and by calls, and a log says in which order."""
+
+    def __init__(self) -> None:
+        self.now, self.log = 0.0, []
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace(at=0.0)
+        event.record = lambda: self.log.append("event") or setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: (end.at - event.at) * 1e3
+        return event
+
+    def _sleep(self, cycles: int) -> None:
+        self.log.append("spin")
+        self.now += cycles / 1e9
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+
+def test_a_device_times_calls_by_its_own_events_behind_a_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "cuda", device)
+    clock = clocks.DeviceClock()
+    assert clock._cycles_per_second == pytest.approx(1e9)
+    device.log.clear()
+
+    def call(seconds: float) -> None:
+        device.log.append("call")
+        device.now += seconds
+
+    before = device.now
+    assert clock.seconds(call, [3e-5, 4e-5], 1e-3, whole=False) == pytest.approx(7e-5)
+    assert device.log == ["spin", "event", "call", "call", "event", "wait"]
+    assert device.now - before == pytest.approx(2e-3 + 7e-5)  # twice what the host took to queue the calls
+
+
+def test_the_cost_of_a_call_includes_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "cuda", device)
+    clock = clocks.DeviceClock()
+    device.log.clear()
+    assert clock.seconds(lambda _: time.sleep(2e-3), [None] * 2, 0.0, whole=True) >= 4e-3
+    assert device.log == ["wait", "wait"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from . import __version__
 
 _LIBRARIES = ("numpy", "triton", "onnxruntime", "openvino", "diffusers", "transformers", "liger-kernel", "apex")
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -28,10 +28,10 @@ class Provenance:
     """Recorded with every result.
 
     Attributes:
-        machine: the processor's name.
+        machine: the processor's name, or the GPU's where the work was done on one.
         cores: those this process may use.
         threads: those PyTorch uses.
-        capability: the instruction set that PyTorch's kernels use here.
+        capability: the instruction set that PyTorch's kernels use here; of a GPU, its compute capability.
         memory_gib, last_level_cache_mib: sizes (0 where unknown).
         load: the one-minute load average when the run began; well above 0, others were at work too.
         system, python, torch, imagen_fast: versions; `libraries`, "name version" of others that bear on the result.
@@ -39,6 +39,7 @@ class Provenance:
         commit: of the checkout, with `dirty` for changes that are not committed; None outside of one.
         date: UTC, ISO 8601.
         command: the command line, without directories.
+        driver: of the GPU.
     """
 
     machine: str
@@ -58,23 +59,26 @@ class Provenance:
     date: str
     command: str
     libraries: tuple[str, ...] = ()
+    driver: str | None = None
 
     @property
     def slug(self) -> str:
-        """The machine as part of a file name: "amd-epyc-9b45-2-threads"."""
-        return f"{re.sub(r'[^a-z0-9]+', '-', self.machine.lower()).strip('-')}-{self.threads}-threads"
+        """The machine as part of a file name: "amd-epyc-9b45-2-threads", "nvidia-h200"."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.machine.lower()).strip("-")
+        return name if self.driver else f"{name}-{self.threads}-threads"
 
 
-def collect() -> Provenance:
-    """Everything as it is now."""
+def collect(device: str = "cpu") -> Provenance:
+    """Everything as it is now, for work on `device`: "cpu" or "cuda"."""
     commit, dirty = _commit()
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if device == "cuda" else None
     return Provenance(
-        machine=_cpu_model(),
+        machine=gpu.name if gpu else _cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         threads=torch.get_num_threads(),
-        capability=torch.backends.cpu.get_cpu_capability(),
-        memory_gib=round(_memory() / 2**30, 1),
-        last_level_cache_mib=round(last_level_cache() / 2**20, 1),
+        capability=f"sm_{gpu.major}{gpu.minor}" if gpu else torch.backends.cpu.get_cpu_capability(),
+        memory_gib=round((gpu.total_memory if gpu else _memory()) / 2**30, 1),
+        last_level_cache_mib=round(last_level_cache(device) / 2**20, 1),
         load=round(os.getloadavg()[0], 2),
         system=platform.platform(terse=True),
         python=platform.python_version(),
@@ -86,11 +90,14 @@ def collect() -> Provenance:
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=_command(),
         libraries=_versions(),
+        driver=_driver() if gpu else None,
     )
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the processor; 0 where the system does not tell."""
+def last_level_cache(device: str = "cpu") -> int:
+    """Bytes of the largest cache of the processor, or of the GPU for "cuda"; 0 where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
     return max((_bytes(path.read_text()) for path in _CPU_CACHES.glob("index*/size")), default=0)
 
 
@@ -107,6 +114,11 @@ def _cpu_model() -> str:
         found = None
     name = found.group(1) if found else platform.processor() or platform.machine()
     return re.sub(r"\((R|TM)\)|@.*| CPU\b", "", name).strip()
+
+
+def _driver() -> str:
+    found = _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return f"driver {found}" if found else "driver unknown"
 
 
 def _memory() -> int:
