@@ -6,6 +6,8 @@
 #   make test    the tests             (one file: make test ARGS=tests/test_cli.py)
 #   make lint    ruff, mypy, clang-format
 #   make bench   the benchmarks, to out/bench (one op: make bench ARGS="--op group_norm_act")
+#   make test-gpu, make bench-gpu   the same on a machine with a GPU, to out/gpu; they install nothing and use the PyTorch
+#                that PYTHON has (where: make test-gpu ARGS="--output DIR")
 #   make check-wheel  the wheel in a new environment (with another PyTorch: make check-wheel ARGS="--torch 2.12.0")
 #   make clean   removes what was built and all caches; keeps .venv and your results
 #   make distclean   removes .venv too
@@ -21,7 +23,7 @@ NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
 NATIVE_LIBRARY := imagen_fast/lib/libimagen_fast_cpu.so
 
-.PHONY: demo test lint bench check-wheel clean distclean setup
+.PHONY: demo test lint bench test-gpu bench-gpu check-wheel clean distclean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -40,6 +42,12 @@ lint: setup
 
 bench: setup
 	@$(BIN)/imagen-fast bench --output out/bench $(ARGS)
+
+test-gpu:
+	$(PYTHON) tools/gpu.py test $(ARGS)
+
+bench-gpu:
+	$(PYTHON) tools/gpu.py bench $(ARGS)
 
 check-wheel: setup
 	$(BIN)/python tools/check_wheel.py $(ARGS)

@@ -56,6 +56,22 @@ def test_importing_needs_no_compiler_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_make_test_gpu_links_together_is_the_package(tmp_path):
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import gpu
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    gpu.put_together(tmp_path)
+    code = "import imagen_fast, imagen_fast.bench as bench; print(imagen_fast.__file__, bench.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "imagen_fast"
+    assert done.stdout.split() == [str(folder / "__init__.py"), str(folder / "bench" / "__init__.py")]
+
+
 # ---- Pins
 
 

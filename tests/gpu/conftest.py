@@ -1,0 +1,7 @@
+"""What only a GPU can show; `make test-gpu` runs it. Without one, `test_calls.py` alone is collected, and says so."""
+
+from __future__ import annotations
+
+import torch
+
+collect_ignore = [] if torch.cuda.is_available() else ["test_every_op.py", "test_large.py"]

@@ -1,0 +1,34 @@
+"""Tensors of more than 2^31 elements: an offset of 32 bits would wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import imagen_fast
+from imagen_fast import ops
+
+POSITIONS = 2**26 + 24  # of 16 channels, twice: past 2^31
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB on the device")
+    with imagen_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_group_norm_act(channels_last: bool, backend: str) -> None:
+    shape = (2, POSITIONS, 16) if channels_last else (2, 16, POSITIONS)
+    x = torch.randn(shape, device="cuda", dtype=torch.float16)
+    x = x.transpose(1, 2) if channels_last else x
+    assert x.numel() > 2**31
+    with torch.no_grad():
+        whole = ops.group_norm_act(x, 4)
+        alone = ops.group_norm_act(x[1:], 4)
+    torch.testing.assert_close(whole[1:], alone)
+    assert whole[1].float().std() > 0.1
