@@ -52,6 +52,12 @@ inline Tensor uninitialized_like(const Tensor& tensor) {
   return uninitialized(tensor.sizes(), tensor.strides(), dtype_code(tensor));
 }
 
+// (size,)
+inline Tensor uninitialized_vector(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return uninitialized({&size, 1}, {&stride, 1}, dtype);
+}
+
 // (rows, columns), contiguous
 inline Tensor uninitialized_matrix(int64_t rows, int64_t columns, int32_t dtype) {
   const int64_t sizes[] = {rows, columns};

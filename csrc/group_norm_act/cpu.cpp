@@ -71,10 +71,10 @@ Problem problem(const Tensor& x, int64_t num_groups, const std::optional<Tensor>
   p.channels_last = is_channels_last(x) || p.positions == 1;
   p.groups = num_groups;
   p.activation = static_cast<Activation>(activation);
-  p.weight = per_channel(p, "weight", weight);
-  p.bias = per_channel(p, "bias", bias);
-  p.scale = per_sample(p, "scale", scale);
-  p.shift = per_sample(p, "shift", shift);
+  p.parameters.weight = per_channel(p, "weight", weight);
+  p.parameters.bias = per_channel(p, "bias", bias);
+  p.parameters.scale = per_sample(p, "scale", scale);
+  p.parameters.shift = per_sample(p, "shift", shift);
   STD_TORCH_CHECK(num_groups > 0 && p.channels % num_groups == 0, "group_norm_act: ", num_groups,
                   " groups do not divide ", p.channels, " channels");
   return p;
@@ -118,32 +118,43 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
   return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                                            int64_t num_groups, const std::optional<Tensor>& weight,
-                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                                            const std::optional<Tensor>& shift, int64_t activation) {
-  const Problem p = problem(x, num_groups, weight, bias, scale, shift, activation);
+// An output of the shape and dtype of `parameter`, contiguous, and where the kernel writes it; empty if not `needed`
+Tensor gradient_of(const std::optional<Tensor>& parameter, bool needed, ParameterGradient* to) {
+  if (!needed || !parameter) return uninitialized_vector(0, aoti_torch_dtype_float32());
+  Tensor gradient = parameter->dim() == 1
+                        ? uninitialized_vector(parameter->size(0), dtype_code(*parameter))
+                        : uninitialized_matrix(parameter->size(0), parameter->size(1), dtype_code(*parameter));
+  *to = {gradient.mutable_data_ptr(), dtype_of(*parameter)};
+  return gradient;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Of x, weight, bias, scale and shift; `needs` has a bit for each, the lowest for x.
+Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, int64_t num_groups,
+                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation,
+                   int64_t needs) {
+  Backward f{problem(x, num_groups, weight, bias, scale, shift, activation), {}, {}, {}, {}, {}, {}};
   check_gradient(dy, x);
-  check_statistics(p, "mean", mean);
-  check_statistics(p, "rstd", rstd);
-  Tensor dx = uninitialized_like(x);
-  Tensor sum_dt = uninitialized_matrix(p.batch, p.channels, statistics_dtype(p));
-  Tensor sum_dt_xhat = uninitialized_matrix(p.batch, p.channels, statistics_dtype(p));
+  check_statistics(f, "mean", mean);
+  check_statistics(f, "rstd", rstd);
+  Tensor dx = needs & 1 ? uninitialized_like(x) : uninitialized_vector(0, dtype_code(x));
+  Tensor dweight = gradient_of(weight, needs & 2, &f.gradients.weight);
+  Tensor dbias = gradient_of(bias, needs & 4, &f.gradients.bias);
+  Tensor dscale = gradient_of(scale, needs & 8, &f.gradients.scale);
+  Tensor dshift = gradient_of(shift, needs & 16, &f.gradients.shift);
   if (x.numel() == 0) {
-    torch::stable::fill_(sum_dt, 0);
-    torch::stable::fill_(sum_dt_xhat, 0);
-    return {dx, sum_dt, sum_dt_xhat};
+    for (Tensor* sum : {&dweight, &dbias, &dscale, &dshift}) torch::stable::fill_(*sum, 0);
+    return {dx, dweight, dbias, dscale, dshift};
   }
-  Backward f{p,
-             dy.const_data_ptr(),
-             x.const_data_ptr(),
-             mean.const_data_ptr(),
-             rstd.const_data_ptr(),
-             dx.mutable_data_ptr(),
-             sum_dt.mutable_data_ptr(),
-             sum_dt_xhat.mutable_data_ptr()};
+  f.dy = dy.const_data_ptr();
+  f.x = x.const_data_ptr();
+  f.mean = mean.const_data_ptr();
+  f.rstd = rstd.const_data_ptr();
+  f.dx = needs & 1 ? dx.mutable_data_ptr() : nullptr;
   IMAGEN_FAST_KERNEL(group_norm_act_backward)(f);
-  return {dx, sum_dt, sum_dt_xhat};
+  return {dx, dweight, dbias, dscale, dshift};
 }
 
 }  // namespace

@@ -11,33 +11,6 @@ namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act {
 
 using namespace imagen_fast::group_norm_act;
 
-template <typename S>
-inline S read(const Parameter& parameter, int64_t b, int64_t c, S absent) {
-  if (!parameter.data) return absent;
-  const int64_t i = b * parameter.stride_b + c * parameter.stride_c;
-  switch (parameter.dtype) {
-    case DType::kHalf: return widen(static_cast<const Half*>(parameter.data)[i]);
-    case DType::kBFloat16: return widen(static_cast<const BFloat16*>(parameter.data)[i]);
-    case DType::kFloat: return static_cast<const float*>(parameter.data)[i];
-    default: return static_cast<S>(static_cast<const double*>(parameter.data)[i]);
-  }
-}
-
-// t = xhat * multiplier + offset
-template <typename S>
-struct Affine {
-  S multiplier;
-  S offset;
-};
-
-template <typename S>
-inline Affine<S> channel_affine(const Problem& problem, int64_t b, int64_t c) {
-  const S scale = S(1) + read(problem.scale, b, c, S(0));
-  const S weight = read(problem.weight, 0, c, S(1));
-  const S bias = read(problem.bias, 0, c, S(0));
-  return {weight * scale, bias * scale + read(problem.shift, b, c, S(0))};
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether (sample, group) slabs, handed out whole, would leave threads idle.

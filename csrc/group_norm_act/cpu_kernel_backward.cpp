@@ -2,7 +2,7 @@
 //
 // With d = x - mean and t = d * multiplier + offset the activation's argument, dt = dy * act'(t) is recomputed; nothing
 // but x, mean and rstd is kept from the forward pass. Per channel, sum(dt) and sum(dt * xhat) are what the gradients of
-// weight, bias, scale and shift are made of, and per group they give the two numbers in
+// weight, bias, scale and shift are made of (../common/parameters.h), and per group they give the two numbers in
 //   dx = dt * multiplier - constant - d * slope
 //   constant = rstd * sum_c(affine_c * sum(dt)) / N
 //   slope = rstd^2 * sum_c(affine_c * sum(dt * xhat)) / N
@@ -26,20 +26,23 @@ struct GroupTerms {
   S slope;
 };
 
-// Gathers the sums of a group's channels, in order, and stores them.
+// Gathers the sums of a group's channels, in order, and stores them in `sums`, (batch, channels).
 template <typename S>
 class GroupSums {
  public:
-  GroupSums(const Backward& f, int64_t slab)
-      : f_(f), slab_(slab), rstd_(static_cast<const S*>(f.rstd)[slab]), group_size_(f.channels / f.groups) {}
+  GroupSums(const Backward& f, int64_t slab, ChannelSums* sums)
+      : f_(f),
+        slab_(slab),
+        sums_(sums),
+        rstd_(static_cast<const S*>(f.rstd)[slab]),
+        group_size_(f.channels / f.groups) {}
 
   void add(int64_t c, double dt, double dt_d) {
     const int64_t b = slab_ / f_.groups;
     const int64_t channel = slab_ % f_.groups * group_size_ + c;
     const double dt_xhat = dt_d * rstd_;
-    static_cast<S*>(f_.sum_dt)[b * f_.channels + channel] = static_cast<S>(dt);
-    static_cast<S*>(f_.sum_dt_xhat)[b * f_.channels + channel] = static_cast<S>(dt_xhat);
-    const double multiplier = channel_affine<S>(f_, b, channel).multiplier;
+    sums_[b * f_.channels + channel] = {dt, dt_xhat};
+    const double multiplier = channel_affine<S>(f_.parameters, b, channel).multiplier;
     constant_ += multiplier * dt;
     slope_ += multiplier * dt_xhat;
   }
@@ -52,6 +55,7 @@ class GroupSums {
  private:
   const Backward& f_;
   const int64_t slab_;
+  ChannelSums* const sums_;
   const double rstd_;
   const int64_t group_size_;
   double constant_ = 0;
@@ -93,8 +97,12 @@ class ChannelsFirst {
   static constexpr int64_t kPart = 64 * Wide<S>::kWidth;
 
  public:
-  explicit ChannelsFirst(const Backward& f)
-      : f_(f), group_size_(f.channels / f.groups), slabs_(f.batch * f.groups), parts_(ceil_div(f.positions, kPart)) {}
+  ChannelsFirst(const Backward& f, ChannelSums* sums)
+      : f_(f),
+        channel_sums_(sums),
+        group_size_(f.channels / f.groups),
+        slabs_(f.batch * f.groups),
+        parts_(ceil_div(f.positions, kPart)) {}
 
   void run() const { should_split_slabs(slabs_, group_size_ * f_.positions) ? run_split() : run_whole(); }
 
@@ -105,7 +113,7 @@ class ChannelsFirst {
       for (int64_t slab = begin; slab < end; ++slab) {
         for (int64_t i = 0; i < group_size_ * parts_; ++i) sums[i] = measure(slab, i);
         const GroupTerms<S> terms = finish(slab, sums.data());
-        for (int64_t i = group_size_ * parts_ - 1; i >= 0; --i) apply(slab, i, terms);
+        for (int64_t i = f_.dx ? group_size_ * parts_ - 1 : -1; i >= 0; --i) apply(slab, i, terms);
       }
     });
   }
@@ -118,6 +126,7 @@ class ChannelsFirst {
     });
     Buffer<GroupTerms<S>> terms(slabs_);
     for (int64_t slab = 0; slab < slabs_; ++slab) terms[slab] = finish(slab, sums.data() + slab * per_slab);
+    if (!f_.dx) return;
     parallel_for(slabs_ * per_slab, f_.positions / parts_, [&](int64_t begin, int64_t end) {
       for (int64_t i = end - 1; i >= begin; --i) apply(i / per_slab, i % per_slab, terms[i / per_slab]);
     });
@@ -134,7 +143,7 @@ class ChannelsFirst {
     const int64_t c = i / parts_;
     const int64_t first = i % parts_ * kPart;
     const int64_t channel = slab % f_.groups * group_size_ + c;
-    Affine<S> affine = channel_affine<S>(f_, slab / f_.groups, channel);
+    Affine<S> affine = channel_affine<S>(f_.parameters, slab / f_.groups, channel);
     affine.multiplier *= static_cast<const S*>(f_.rstd)[slab];
     return {(slab * group_size_ + c) * f_.positions + first,
             f_.positions - first < kPart ? f_.positions - first : kPart, static_cast<const S*>(f_.mean)[slab], affine};
@@ -147,7 +156,7 @@ class ChannelsFirst {
   }
 
   GroupTerms<S> finish(int64_t slab, const Sums<S>* sums) const {
-    GroupSums<S> group(f_, slab);
+    GroupSums<S> group(f_, slab, channel_sums_);
     for (int64_t c = 0; c < group_size_; ++c) {
       double dt = 0;
       double dt_d = 0;
@@ -167,6 +176,7 @@ class ChannelsFirst {
   }
 
   const Backward& f_;
+  ChannelSums* const channel_sums_;
   const int64_t group_size_;
   const int64_t slabs_;
   const int64_t parts_;  // of a channel
@@ -223,7 +233,8 @@ class ChannelsLast {
   using S = AccumulateType<T>;
 
  public:
-  explicit ChannelsLast(const Backward& f) : f_(f), columns_(f.channels), blocks_(f, 32768, 128 * columns_.positions) {}
+  ChannelsLast(const Backward& f, ChannelSums* sums)
+      : f_(f), channel_sums_(sums), columns_(f.channels), blocks_(f, 32768, 128 * columns_.positions) {}
 
   void run() const {
     const int64_t blocks = f_.batch * blocks_.per_sample;
@@ -252,6 +263,7 @@ class ChannelsLast {
                  [&](int64_t begin, int64_t end) {
                    for (int64_t slab = begin; slab < end; ++slab) terms[slab] = finish(slab, sums.data());
                  });
+    if (!f_.dx) return;
 
     parallel_for(blocks, block_elements, [&](int64_t begin, int64_t end) {
       Buffer<S> scratch(5 * columns_.width);
@@ -271,7 +283,7 @@ class ChannelsLast {
   GroupTerms<S> finish(int64_t slab, const S* sums) const {
     const int64_t b = slab / f_.groups;
     const int64_t group_size = f_.channels / f_.groups;
-    GroupSums<S> group(f_, slab);
+    GroupSums<S> group(f_, slab, channel_sums_);
     for (int64_t c = 0; c < group_size; ++c) {
       double dt = 0;
       double dt_d = 0;
@@ -292,7 +304,7 @@ class ChannelsLast {
       const S mean = static_cast<const S*>(f_.mean)[b * f_.groups + g];
       const S rstd = static_cast<const S*>(f_.rstd)[b * f_.groups + g];
       for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
-        const auto affine = channel_affine<S>(f_, b, c);
+        const auto affine = channel_affine<S>(f_.parameters, b, c);
         column.mean[c] = mean;
         column.multiplier[c] = rstd * affine.multiplier;
         column.offset[c] = affine.offset;
@@ -312,6 +324,7 @@ class ChannelsLast {
   int64_t elements(int64_t i) const { return blocks_.length(i % blocks_.per_sample) * f_.channels; }
 
   const Backward& f_;
+  ChannelSums* const channel_sums_;
   const Columns columns_;
   const Blocks blocks_;
 };
@@ -321,7 +334,9 @@ struct Run {
 
   template <typename T, typename Act>
   void operator()() const {
-    f.channels_last ? ChannelsLast<T, Act>(f).run() : ChannelsFirst<T, Act>(f).run();
+    Buffer<ChannelSums> sums(f.batch * f.channels);
+    f.channels_last ? ChannelsLast<T, Act>(f, sums.data()).run() : ChannelsFirst<T, Act>(f, sums.data()).run();
+    parameter_gradients<AccumulateType<T>>(f.parameters, f.gradients, sums.data(), f.batch, f.channels);
   }
 };
 

@@ -96,7 +96,7 @@ class ChannelsFirst {
   // Positions [first, first + n) of the slab's channel c
   void apply(int64_t slab, int64_t c, int64_t first, int64_t n, const Statistics<S>& statistics) const {
     const int64_t channel = slab % f_.groups * group_size_ + c;
-    const auto affine = fold(statistics, channel_affine<S>(f_, slab / f_.groups, channel));
+    const auto affine = fold(statistics, channel_affine<S>(f_.parameters, slab / f_.groups, channel));
     const int64_t at = slab * slab_size_ + c * f_.positions + first;
     apply_row<T, Act>(static_cast<const T*>(f_.x) + at, static_cast<T*>(f_.y) + at, n, statistics.mean, affine);
   }
@@ -182,7 +182,7 @@ class ChannelsLast {
     const int64_t group_size = f_.channels / f_.groups;
     for (int64_t g = 0; g < f_.groups; ++g) {
       for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
-        const auto affine = fold(statistics[g], channel_affine<S>(f_, b, c));
+        const auto affine = fold(statistics[g], channel_affine<S>(f_.parameters, b, c));
         mean[c] = statistics[g].mean;
         multiplier[c] = affine.multiplier;
         offset[c] = affine.offset;

@@ -6,16 +6,9 @@
 
 #include "../common/activation_codes.h"
 #include "../common/number_formats.h"
+#include "../common/parameters.h"
 
 namespace imagen_fast::group_norm_act {
-
-// A per-channel parameter (C,) or (B, C) in any strides; absent if data is null.
-struct Parameter {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat;
-  int64_t stride_b = 0;
-  int64_t stride_c = 0;
-};
 
 struct Problem {
   DType dtype;         // of x, y and their gradients
@@ -25,7 +18,7 @@ struct Problem {
   int64_t positions;
   int64_t groups;
   Activation activation;
-  Parameter weight, bias, scale, shift;
+  Parameters parameters;
 };
 
 // Statistics and sums are fp32, or fp64 where x is.
@@ -37,15 +30,13 @@ struct Forward : Problem {
   void* rstd;  // (batch, groups)
 };
 
-// With dt = dL/dy * act'(t), t the activation's argument:
 struct Backward : Problem {
   const void* dy;
   const void* x;
   const void* mean;
   const void* rstd;
-  void* dx;
-  void* sum_dt;       // (batch, channels): sum over positions of dt
-  void* sum_dt_xhat;  // (batch, channels): sum over positions of dt * xhat
+  void* dx;  // null if it is not asked for
+  ParameterGradients gradients;
 };
 
 }  // namespace imagen_fast::group_norm_act

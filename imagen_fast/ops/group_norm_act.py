@@ -26,7 +26,6 @@ from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, dense_like, is_dense
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
 from . import _checks
-from ._group_norm_gradients import Needs, parameter_gradients
 
 _ACTIVATION_CODES: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
@@ -96,7 +95,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "group_norm_act_backward_cpu(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
-    "Tensor? bias, Tensor? scale, Tensor? shift, int activation) -> (Tensor dx, Tensor sum_dt, Tensor sum_dt_xhat)",
+    "Tensor? bias, Tensor? scale, Tensor? shift, int activation, int needs) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _forward = torch.ops.imagen_fast.group_norm_act_cpu.default
@@ -114,9 +114,24 @@ def _fake_forward(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor, 
 
 
 @torch.library.register_fake("imagen_fast::group_norm_act_backward_cpu", lib=_LIBRARY)
-def _fake_backward(dy: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sum_dt, sum_dt_xhat = (x.new_empty(x.shape[:2], dtype=_accumulator(x)) for _ in range(2))
-    return x.new_empty_strided(x.shape, x.stride()), sum_dt, sum_dt_xhat
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: int,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    dx = x.new_empty_strided(x.shape, x.stride()) if needs & 1 else x.new_empty(0)
+    return dx, *(
+        p.new_empty(p.shape) if p is not None and needs & bit else x.new_empty(0, dtype=torch.float32)
+        for p, bit in ((weight, 2), (bias, 4), (scale, 8), (shift, 16))
+    )
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -128,12 +143,18 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
-    dx, sum_dt, sum_dt_xhat = _backward(
-        dense_like(dy, x), x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.activation
+    need_x, _, *need_parameters = ctx.needs_input_grad[:6]
+    needed = (need_x, *need_parameters)
+    gradients = _backward(
+        dense_like(dy, x), x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.activation, _bits(needed)
     )
-    need_dx, _, *needs = ctx.needs_input_grad[:6]
-    gradients = parameter_gradients(sum_dt, sum_dt_xhat, weight, bias, scale, shift, Needs(*needs))
-    return dx if need_dx else None, None, *gradients, None, None
+    dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return dx, None, *rest, None, None
+
+
+def _bits(flags: tuple[bool, ...]) -> int:
+    """Flag i as bit i: what the operators take as `needs`, one for each of x, weight, bias, scale and shift."""
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:

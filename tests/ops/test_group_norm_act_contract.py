@@ -319,8 +319,9 @@ class TestOpcheck:
     def test_backward(self, dtype: torch.dtype, nhwc: bool) -> None:
         x, groups, *rest = operator_arguments(dtype, nhwc, False)
         _, mean, rstd = self.operators.group_norm_act_cpu(x, groups, *rest)
-        arguments = (torch.randn_like(x), x, mean, rstd, groups, *rest[:-1])
-        torch.library.opcheck(self.operators.group_norm_act_backward_cpu.default, arguments)
+        for needs in (0b11111, 0b00001, 0b01010, 0):
+            arguments = (torch.randn_like(x), x, mean, rstd, groups, *rest[:-1], needs)
+            torch.library.opcheck(self.operators.group_norm_act_backward_cpu.default, arguments)
 
     @pytest.mark.parametrize("shape", [(2, 8, 0), (0, 8, 3), (2, 8, 1, 1), (1, 8, 4, 1)], ids=str)
     def test_shapes_with_zeros_and_ones(self, dtype: torch.dtype, nhwc: bool, shape: tuple[int, ...]) -> None:
@@ -329,7 +330,7 @@ class TestOpcheck:
         arguments = (x, 4, None, None, None, None, 1, 1e-5)
         torch.library.opcheck(self.operators.group_norm_act_cpu.default, arguments)
         _, mean, rstd = self.operators.group_norm_act_cpu(*arguments)
-        arguments = (x, x, mean, rstd, *arguments[1:-1])
+        arguments = (x, x, mean, rstd, *arguments[1:-1], 0b11111)
         torch.library.opcheck(self.operators.group_norm_act_backward_cpu.default, arguments)
 
 
@@ -369,7 +370,7 @@ def test_operators_called_directly_refuse_what_does_not_fit(change: dict[str, An
     x, *rest = (FORWARD | {key: value for key, value in change.items() if key in FORWARD}).values()
     dy, mean, rstd = (BACKWARD | {key: value for key, value in change.items() if key in BACKWARD}).values()
     with pytest.raises(RuntimeError, match=r"group_norm_act: |the CPU kernels take"):
-        torch.ops.imagen_fast.group_norm_act_backward_cpu(dy, x, mean, rstd, *rest)
+        torch.ops.imagen_fast.group_norm_act_backward_cpu(dy, x, mean, rstd, *rest, 31)
     if change.keys() <= FORWARD.keys():
         with pytest.raises(RuntimeError, match=r"group_norm_act: |the CPU kernels take"):
             torch.ops.imagen_fast.group_norm_act_cpu(x, *rest, 1e-5)
