@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..config import from_dict, read_json
-from ..errors import CheckpointError, UserError
+from ..errors import UserError
 from ..models import EfficientUNet, Imagen, ImagenConfig, StageConfig, T5Encoder, UNet
 from .config import TrainConfig
+from .state_file import open_state
 from .trainer import CHECKPOINT
 
 # How the stages are sampled unless the caller says otherwise; what was chosen by looking at pictures.
@@ -74,9 +74,6 @@ def _stage(name: str, config: TrainConfig, sampling: dict) -> StageConfig:
 
 
 def _load_average(modules: torch.nn.ModuleDict, path: Path) -> None:
-    try:
-        with safe_open(path / "state.safetensors", framework="pt") as file, torch.no_grad():
-            for name, parameter in modules.named_parameters():
-                parameter.copy_(file.get_tensor(f"average.{name}"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path / 'state.safetensors'}: {error}") from error
+    with open_state(path, "read") as file:
+        for name, parameter in modules.named_parameters():
+            file.copy(f"average.{name}", parameter)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from .config import TrainConfig
 from .emoji.dataset import EmojiDataset
 from .samples import save_sample_grid
 from .stages import STAGES, DiffusionStage, Stage
+from .state_file import TENSORS, open_state
 
 CHECKPOINT = "checkpoint"
 LOSSES = "losses.jsonl"
@@ -160,35 +160,33 @@ class TrainingRun:
             if parameter.requires_grad:
                 tensors[f"first_moment.{name}"] = self.optimizer.state[parameter]["exp_avg"]
                 tensors[f"second_moment.{name}"] = self.optimizer.state[parameter]["exp_avg_sq"]
-        state = {"step": self.step, "config": to_dict(self.config)}
+        state = {"step": self.step, "config": to_dict(self.config), "dataset": self.stage.dataset.fingerprint()}
         with atomic_directory(path) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / TENSORS)
             (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or belongs to a run of another configuration.
+            CheckpointError: a file is missing or damaged, or belongs to a run of another configuration or data set.
         """
         state = read_json(path / "state.json")
-        self._check_same_run(state.get("config", {}), path)
-        try:
-            with safe_open(path / "state.safetensors", framework="pt") as file:
-                for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
-                    with torch.no_grad():
-                        parameter.copy_(file.get_tensor(f"weight.{name}"))
-                        average.copy_(file.get_tensor(f"average.{name}"))
-                    if not parameter.requires_grad:
-                        continue
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0 or not isinstance(state.get("config"), dict):
+            raise CheckpointError(f"{path / 'state.json'} is damaged: it needs a step and a config")
+        self._check_same_run(state, path)
+        with open_state(path, "resume from") as file:
+            for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
+                file.copy(f"weight.{name}", parameter)
+                file.copy(f"average.{name}", average)
+                if parameter.requires_grad:
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(state["step"]), device=parameter.device),
-                        "exp_avg": torch.empty_like(parameter).copy_(file.get_tensor(f"first_moment.{name}")),
-                        "exp_avg_sq": torch.empty_like(parameter).copy_(file.get_tensor(f"second_moment.{name}")),
+                        "step": torch.tensor(float(step), device=parameter.device),
+                        "exp_avg": file.copy(f"first_moment.{name}", torch.empty_like(parameter)),
+                        "exp_avg_sq": file.copy(f"second_moment.{name}", torch.empty_like(parameter)),
                     }
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot resume from {path}: {error}") from error
-        self.step = int(state["step"])
+        self.step = step
 
     def start_from(self, path: Path) -> None:
         """Take the averaged weights of another run for the parameters that both have.
@@ -198,25 +196,22 @@ class TrainingRun:
         """
         pairs = zip(self.parameters, self.average, strict=True)
         mine = {f"average.{name}": pair for name, pair in zip(self.names, pairs, strict=True)}
-        try:
-            with safe_open(path / "state.safetensors", framework="pt") as file, torch.no_grad():
-                shared = sorted(mine.keys() & set(file.keys()))
-                for name in shared:
-                    for tensor in mine[name]:
-                        if tensor.shape != torch.Size(file.get_slice(name).get_shape()):
-                            raise CheckpointError(f"{path}: {name} has another shape than this run's")
-                        tensor.copy_(file.get_tensor(name))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot start from {path}: {error}") from error
+        with open_state(path, "start from") as file:
+            shared = sorted(mine.keys() & file.names)
+            for name in shared:
+                for tensor in mine[name]:
+                    file.copy(name, tensor)
         if not shared:
             raise CheckpointError(f"cannot start from {path}: it has none of this run's parameters")
 
-    def _check_same_run(self, saved: dict, path: Path) -> None:
+    def _check_same_run(self, state: dict, path: Path) -> None:
         """What decides the losses must not change under a run; what does not (how often to log) may."""
-        mine = to_dict(self.config)
+        saved, mine = state["config"], to_dict(self.config)
         changed = sorted(key for key in mine if key not in _FREE and mine[key] != saved.get(key))
         if changed:
             raise CheckpointError(f"{path} is of another configuration: {', '.join(changed)} differ")
+        if state.get("dataset", self.stage.dataset.fingerprint()) != self.stage.dataset.fingerprint():
+            raise CheckpointError(f"{path} was trained on another data set than {self.config.data}")
         if saved.get("steps") != mine["steps"]:
             warnings.warn(
                 f"steps changed from {saved.get('steps')} to {mine['steps']}: the learning rate's schedule follows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from imagen_fast.errors import CheckpointError, ConfigError, UserError
 from imagen_fast.training.assemble import assemble
@@ -129,7 +131,6 @@ def test_it_learns(colours, tmp_path):
 
 
 def test_the_text_encoder_learns_to_name_pictures_and_the_base_starts_from_it(colours, tmp_path):
-    from safetensors.torch import load_file
 
     common = {**COMMON, "data": str(colours), "out": "unused", "ema_decay": 0.5}
     config = {**NAMING, **common, "steps": 40, "learning_rate": 2e-2, "batch_size": 16}
@@ -175,7 +176,6 @@ def test_stages_assemble_into_a_cascade_that_samples_and_is_evaluated(colours, t
 
 
 def test_the_averaged_weights_are_what_is_assembled(colours, tmp_path):
-    from safetensors.torch import load_file
 
     config = {**BASE, **COMMON, "steps": 4, "data": str(colours), "out": "unused"}
     run = train(str(write_config(tmp_path / "a.toml", config)), out=tmp_path / "a", progress=False)
@@ -204,6 +204,44 @@ def test_a_damaged_checkpoint_is_named(config_file):
     (directory / "checkpoint" / "state.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="cannot resume"):
         train(str(config_file), overrides=["steps=1"], resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda state: state.pop("step"), id="no step"),
+        pytest.param(lambda state: state.update(step="4"), id="step is no number"),
+        pytest.param(lambda state: state.update(config=None), id="no config"),
+    ],
+)
+def test_a_damaged_state_is_named(config_file, damage):
+    directory = train(str(config_file), overrides=["steps=1"], progress=False)
+    file = directory / "checkpoint" / "state.json"
+    state = json.loads(file.read_text())
+    damage(state)
+    file.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: it needs a step and a config"):
+        train(str(config_file), overrides=["steps=1"], resume=True, progress=False)
+
+
+def test_a_tensor_of_another_shape_is_named(config_file):
+    directory = train(str(config_file), overrides=["steps=1"], progress=False)
+    file = directory / "checkpoint" / "state.safetensors"
+    tensors = load_file(file)
+    tensors["average.unet.conv_in.weight"] = torch.zeros(1, 2)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"average\.unet\.conv_in\.weight has shape \(1, 2\), this run's has"):
+        train(str(config_file), overrides=["steps=1"], resume=True, progress=False)
+
+
+def test_resuming_on_another_data_set_is_refused(config_file, colours, tmp_path):
+    train(str(config_file), overrides=["steps=1"], progress=False)
+    other = shutil.copytree(colours, tmp_path / "other")
+    train(str(config_file), overrides=["steps=1", f"data={other}"], resume=True, progress=False)  # the same, moved
+    captions = other / "captions.json"
+    captions.write_text(captions.read_text().replace("a red square", "a blue square"))
+    with pytest.raises(CheckpointError, match="was trained on another data set"):
+        train(str(config_file), overrides=["steps=1", f"data={other}"], resume=True, progress=False)
 
 
 def test_a_checkpoint_that_was_being_replaced_is_found(config_file):

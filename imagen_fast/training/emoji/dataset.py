@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -44,6 +45,7 @@ class EmojiDataset:
             raise CheckpointError(
                 f"there is no data set {self.directory}; build it with `imagen-fast data emoji --out {self.directory}`"
             )
+        self._fingerprint: str | None = None
         self._items = _read_items(self.directory / CAPTIONS_FILE)
         self.images = _open_images(self.directory / IMAGES_FILE)
         if len(self._items) != len(self.images):
@@ -54,6 +56,14 @@ class EmojiDataset:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def fingerprint(self) -> str:
+        """A digest of all pictures and captions, by which a run knows its data set again."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self._items, sort_keys=True).encode())
+            digest.update(memoryview(np.ascontiguousarray(self.images)))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def char(self, index: int) -> str:
         """The emoji itself."""
