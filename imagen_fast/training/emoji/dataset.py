@@ -61,7 +61,7 @@ class EmojiDataset:
         """A digest of all pictures and captions, by which a run knows its data set again."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(self._items, sort_keys=True).encode())
-            digest.update(memoryview(np.ascontiguousarray(self.images)))
+            digest.update(self.images.tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
