@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Op, dtypes, run_operator
-from ..layout import dense, dense_like, is_dense
+from ..layout import dense, dense_like
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
-from . import _checks
-
-_ACTIVATION_CODES: dict[str | None, int] = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+from . import _checks, _norms
 
 
 class _Call(NamedTuple):
@@ -52,39 +50,20 @@ def _check(
     activation: str | None = "silu",
     eps: float = 1e-5,
 ) -> _Call:
-    _checks.floating("x", x)
-    shape = x.shape
-    if not 2 <= len(shape) <= 5:
-        raise ValueError(f"x must have 2 to 5 dimensions (B, C, positions...), got shape {tuple(shape)}")
-    batch, channels = shape[0], shape[1]
+    _norms.check_x(x)
+    channels = x.shape[1]
     _checks.integer("num_groups", num_groups, minimum=1)
     if channels == 0 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            _checks.parameter(name, parameter, x)
-            if parameter.shape != (channels,):
-                raise ValueError(
-                    f"{name} must have shape ({channels},), the channels of x, got {tuple(parameter.shape)}"
-                )
+            _norms.check_per_channel(name, parameter, x)
     for name, parameter in (("scale", scale), ("shift", shift)):
         if parameter is not None:
-            _checks.parameter(name, parameter, x)
-            if parameter.shape != (batch, channels) and not _broadcasts(parameter.shape, batch, channels):
-                raise ValueError(
-                    f"{name} must have shape ({batch}, {channels}), the batch and channels of x, or broadcast to it, "
-                    f"got {tuple(parameter.shape)}"
-                )
-    if activation not in _ACTIVATION_CODES:
-        _checks.one_of("activation", activation, tuple(_ACTIVATION_CODES))
+            _norms.check_per_sample(name, parameter, x)
+    _norms.check_activation(activation)
     _checks.not_negative("eps", eps)
     return _Call(x, num_groups, weight, bias, scale, shift, activation, eps)
-
-
-def _broadcasts(shape: torch.Size, batch: int, channels: int) -> bool:
-    return len(shape) <= 2 and all(
-        size in (1, full) for size, full in zip(reversed(shape), (channels, batch), strict=False)
-    )
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
@@ -103,13 +82,9 @@ _forward = torch.ops.imagen_fast.group_norm_act_cpu.default
 _backward = torch.ops.imagen_fast.group_norm_act_backward_cpu.default
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("imagen_fast::group_norm_act_cpu", lib=_LIBRARY)
 def _fake_forward(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=_accumulator(x)) for _ in range(2))
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=_norms.accumulator(x)) for _ in range(2))
     return x.new_empty_strided(x.shape, x.stride()), mean, rstd
 
 
@@ -146,15 +121,20 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     need_x, _, *need_parameters = ctx.needs_input_grad[:6]
     needed = (need_x, *need_parameters)
     gradients = _backward(
-        dense_like(dy, x), x, mean, rstd, ctx.num_groups, weight, bias, scale, shift, ctx.activation, _bits(needed)
+        dense_like(dy, x),
+        x,
+        mean,
+        rstd,
+        ctx.num_groups,
+        weight,
+        bias,
+        scale,
+        shift,
+        ctx.activation,
+        _norms.bits(needed),
     )
     dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
     return dx, None, *rest, None, None
-
-
-def _bits(flags: tuple[bool, ...]) -> int:
-    """Flag i as bit i: what the operators take as `needs`, one for each of x, weight, bias, scale and shift."""
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
@@ -177,26 +157,17 @@ def _run_eager(call: _Call) -> Tensor:
 
 def _run_cpu(call: _Call) -> Tensor:
     x, num_groups, weight, bias, scale, shift, activation, eps = call
-    if weight is not None:
-        weight = weight.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    if scale is not None and scale.shape != x.shape[:2]:
-        scale = _per_sample(scale, x)
-    if shift is not None and shift.shape != x.shape[:2]:
-        shift = _per_sample(shift, x)
-    arguments = (dense(x), num_groups, weight, bias, scale, shift, _ACTIVATION_CODES[activation], eps)
+    arguments = (
+        dense(x),
+        num_groups,
+        weight,
+        bias,
+        _norms.per_sample(scale, x),
+        _norms.per_sample(shift, x),
+        _norms.ACTIVATION_CODES[activation],
+        eps,
+    )
     return run_operator(_forward, *arguments)[0]
-
-
-def _per_sample(parameter: Tensor, x: Tensor) -> Tensor:
-    """Broadcast to (B, C), in a wide dtype: so the gradient is rounded once, after its sum over what is broadcast."""
-    return parameter.to(_accumulator(x)).expand(x.shape[:2])
-
-
-def _notes(call: _Call) -> list[str]:
-    copied = "x will be copied: its strides are neither dense NCHW nor dense NHWC"
-    return [] if is_dense(call.x) else [copied]
 
 
 _OP = Op(
@@ -206,7 +177,7 @@ _OP = Op(
         Backend("eager", _run_eager),
         Backend("cpu", _run_cpu, (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
     ),
-    _notes,
+    lambda call: _norms.notes(call.x),
 )
 
 
