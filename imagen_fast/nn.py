@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops._checks import not_negative, one_of
+from .ops._checks import integer, not_negative, one_of
 from .reference.group_norm_act import ACTIVATIONS
 
 
@@ -92,3 +92,44 @@ class GroupNormAct(nn.Module):
             f"{self.num_groups}, {self.num_channels}, activation={self.activation!r}, eps={self.eps}, "
             f"affine={self.affine}"
         )
+
+
+class ChannelRMSNormAct(nn.Module):
+    """RMS normalisation over channels, an optional scale and shift, and an activation: `ops.channel_rms_norm_act`.
+
+    Its parameter is imagen-pytorch's `ChanRMSNorm.gamma`, but (num_channels,), and named `weight`.
+
+    Args:
+        num_channels: C of the input (B, C, positions...).
+        activation: "silu", "gelu", "gelu_tanh" or None.
+
+    Example:
+        >>> norm = imagen_fast.nn.ChannelRMSNormAct(128)
+        >>> h = norm(x, scale, shift)  # x (B, 128, H, W); scale and shift (B, 128), each optional
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        activation: str | None = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        integer("num_channels", num_channels, minimum=1)
+        one_of("activation", activation, tuple(ACTIVATIONS))
+        self.num_channels = num_channels
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """x (B, C, positions...); scale and shift (B, C), or broadcastable to it, each optional."""
+        return ops.channel_rms_norm_act(x, self.weight, scale=scale, shift=shift, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, activation={self.activation!r}"

@@ -76,3 +76,11 @@ def per_sample(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 def bits(flags: Iterable[bool]) -> int:
     """Flag i as bit i: the argument `needs` of an operator, which tells what gradients are asked for."""
     return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+def fake_gradients(x: Tensor, parameters: Iterable[Tensor | None], needs: int) -> list[Tensor]:
+    """What the CPU's backward operators return for parameters: empty for those whose bit in `needs` is not set."""
+    return [
+        p.new_empty(p.shape) if p is not None and needs >> i & 1 else x.new_empty(0, dtype=torch.float32)
+        for i, p in enumerate(parameters)
+    ]

@@ -103,10 +103,7 @@ def _fake_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:
     dx = x.new_empty_strided(x.shape, x.stride()) if needs & 1 else x.new_empty(0)
-    return dx, *(
-        p.new_empty(p.shape) if p is not None and needs & bit else x.new_empty(0, dtype=torch.float32)
-        for p, bit in ((weight, 2), (bias, 4), (scale, 8), (shift, 16))
-    )
+    return dx, *_norms.fake_gradients(x, (weight, bias, scale, shift), needs >> 1)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -42,12 +42,12 @@ def group_norm_act(
         y = torch.group_norm(y, num_groups, weight, bias, eps)
     else:
         y = torch.group_norm(y, num_groups, None, None, eps)
-        y = y if weight is None else y * _per_channel(weight, x)
-        y = y if bias is None else y + _per_channel(bias, x)
+        y = y if weight is None else y * per_channel(weight, x)
+        y = y if bias is None else y + per_channel(bias, x)
     if scale is not None:
-        y = y * (1 + _per_channel(scale, x))
+        y = y * (1 + per_channel(scale, x))
     if shift is not None:
-        y = y + _per_channel(shift, x)
+        y = y + per_channel(shift, x)
     return dense_like(ACTIVATIONS[activation](y).to(x.dtype), x)
 
 
@@ -61,7 +61,7 @@ def _affine_in_group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None)
     return same_dtype and (bias is None or weight is not None) and x.numel() > 0
 
 
-def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
+def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     """Anything that broadcasts to (B, C), reshaped so that it broadcasts to x of shape (B, C, positions...)."""
     batch_and_channels = (1,) * (2 - parameter.dim()) + tuple(parameter.shape)
     return parameter.reshape(batch_and_channels + (1,) * (x.dim() - 2))
