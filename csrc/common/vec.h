@@ -89,6 +89,7 @@ struct Twice {
     return {select(mask.first, yes.first, no.first), select(mask.second, yes.second, no.second)};
   }
   friend IMAGEN_FAST_INLINE Twice min(Twice a, Twice b) { return {min(a.first, b.first), min(a.second, b.second)}; }
+  friend IMAGEN_FAST_INLINE Twice max(Twice a, Twice b) { return {max(a.first, b.first), max(a.second, b.second)}; }
   friend IMAGEN_FAST_INLINE Twice abs(Twice a) { return {abs(a.first), abs(a.second)}; }
   friend IMAGEN_FAST_INLINE Twice negative_abs(Twice a) { return {negative_abs(a.first), negative_abs(a.second)}; }
   friend IMAGEN_FAST_INLINE Twice divide(Twice a, Twice b) {

@@ -112,6 +112,7 @@ struct Vec<float> {
   }
   friend IMAGEN_FAST_INLINE Vec multiply_where(Mask mask, Vec a, Vec b) { return select(mask, a * b, a); }
   friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.raw, b.raw)); }
+  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.raw)); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(_mm256_or_ps(_mm256_set1_ps(-0.0f), a.raw)); }
   friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(_mm256_div_ps(a.raw, b.raw)); }

@@ -108,6 +108,7 @@ struct Vec<float> {
     return Vec(_mm512_mask_mul_ps(a.raw, mask, a.raw, b.raw));
   }
   friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.raw, b.raw)); }
+  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(_mm512_abs_ps(a.raw)); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(_mm512_or_ps(a.raw, _mm512_set1_ps(-0.0f))); }
   // 14 bits of 1 / b, and one Newton step for the rest: a division takes two to three times as long.

@@ -126,8 +126,9 @@ struct Vec {
   // a * b under the mask, a elsewhere
   friend IMAGEN_FAST_INLINE Vec multiply_where(Mask mask, Vec a, Vec b) { return select(mask, a * b, a); }
 
-  // b where a is NaN, as the x86 instruction has it
+  // b where either is NaN, as the x86 instructions have it
   friend IMAGEN_FAST_INLINE Vec min(Vec a, Vec b) { return Vec(a.raw < b.raw ? a.raw : b.raw); }
+  friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(a.raw > b.raw ? a.raw : b.raw); }
 
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(a.raw < 0 ? -a.raw : a.raw); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(a.raw < 0 ? a.raw : -a.raw); }

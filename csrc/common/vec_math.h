@@ -52,6 +52,18 @@ IMAGEN_FAST_INLINE V exp_nonpositive(V v) {
   }
 }
 
+// exp(v); 0 and infinity where a float of it, or of its reciprocal, would not be normal
+template <typename T, typename V>
+IMAGEN_FAST_INLINE V exp(V v) {
+  if constexpr (kIsFloat<V>) {
+    const V e = exp_nonpositive<T>(negative_abs(v));
+    const V reciprocal = select(e < V(0x1p-125f), V(INFINITY), divide(V(1), e));
+    return select(v >= V(0), reciprocal, e);
+  } else {
+    return map(v, [](double lane) { return std::exp(lane); });
+  }
+}
+
 // exp(-|v|), of which the functions of exp(v) and exp(-v) below are made, so that nothing overflows
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V exp_negative_abs(V v) {
