@@ -213,7 +213,8 @@ setup(
     package_dir=PACKAGE_FOLDERS,
     package_data={
         "imagen_fast": ["py.typed", "assets/labels/*.png", "training/configs/*.toml", "models/weights/**/*.safetensors"]
-        + [f"models/weights/**/*.{ending}" for ending in ("json", "md")]
+        + [f"models/weights/**/*.{ending}" for ending in ("json", "md")],
+        "imagen_fast.kernels": ["*.json"],
     },
     include_package_data=False,
     # The name is only a reason for setuptools to run build_ext; the sources are found by `cpu_library`.

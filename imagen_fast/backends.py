@@ -30,7 +30,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch.autograd import forward_ad
 
-from . import _cuda, _native
+from . import _cuda, _native, _triton
+from ._tracing import traced_as_constant
 from .errors import UserError
 
 logger = logging.getLogger("imagen_fast")
@@ -62,24 +63,14 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "cuda": _cuda.unavailable_reason,
 }
 
-# Backends whose kernels run on tensors of the CPU in this process: for tests, and never by "auto". Triton decides when
-# it is imported, and so does this.
-_EMULATED = {"triton": os.environ.get("TRITON_INTERPRET", "") == "1", "cuda": _cuda.emulated()}
-
-
-def _traced_as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What `torch.compiler.assume_constant_result` does, without its import of Dynamo, which takes seconds.
-
-    While tracing, the function is called for real and its result baked in.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+# Backends whose kernels run on tensors of the CPU in this process: for tests, and never by "auto".
+_EMULATED = {"triton": _triton.INTERPRETED, "cuda": _cuda.emulated()}
 
 
 _reasons: dict[str, str | None] = {}
 
 
-@_traced_as_constant
+@traced_as_constant
 def _unavailable(name: str) -> str | None:
     if name not in _reasons:
         _reasons[name] = _UNAVAILABLE[name]()
@@ -158,7 +149,7 @@ class use_backend(ContextDecorator):
 Requirement = Callable[[Any], str | None]
 
 
-@_traced_as_constant
+@traced_as_constant
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -309,7 +300,7 @@ def run_operator(operator: Callable[..., Any], *arguments: Any) -> Any:
         return operator(*arguments)
 
 
-@_traced_as_constant
+@traced_as_constant
 def _refuse(error: str) -> None:
     raise BackendError(error)
 
@@ -317,7 +308,7 @@ def _refuse(error: str) -> None:
 _logged: set[str] = set()
 
 
-@_traced_as_constant
+@traced_as_constant
 def _log_once(message: str) -> None:
     if message not in _logged:
         _logged.add(message)
