@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _triton
 from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, dense_like
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
@@ -67,28 +68,22 @@ def _check(
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
-_LIBRARY.define(
-    "group_norm_act_cpu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-    "int activation, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "group_norm_act_backward_cpu(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, "
-    "Tensor? bias, Tensor? scale, Tensor? shift, int activation, int needs) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_forward = torch.ops.imagen_fast.group_norm_act_cpu.default
-_backward = torch.ops.imagen_fast.group_norm_act_backward_cpu.default
 
 
-@torch.library.register_fake("imagen_fast::group_norm_act_cpu", lib=_LIBRARY)
-def _fake_forward(x: Tensor, num_groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=_norms.accumulator(x)) for _ in range(2))
     return x.new_empty_strided(x.shape, x.stride()), mean, rstd
 
 
-@torch.library.register_fake("imagen_fast::group_norm_act_backward_cpu", lib=_LIBRARY)
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
@@ -113,38 +108,60 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
-    need_x, _, *need_parameters = ctx.needs_input_grad[:6]
-    needed = (need_x, *need_parameters)
-    gradients = _backward(
-        dense_like(dy, x),
-        x,
-        mean,
-        rstd,
-        ctx.num_groups,
-        weight,
-        bias,
-        scale,
-        shift,
-        ctx.activation,
-        _norms.bits(needed),
+def _register_autograd(backend: str) -> None:
+    """The autograd formula of the operators of one backend."""
+    backward = getattr(torch.ops.imagen_fast, f"group_norm_act_backward_{backend}").default
+
+    def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+        need_x, _, *need_parameters = ctx.needs_input_grad[:6]
+        needed = (need_x, *need_parameters)
+        parameters = (weight, bias, scale, shift)
+        gradients = backward(
+            dense_like(dy, x), x, mean, rstd, ctx.num_groups, *parameters, ctx.activation, _norms.bits(needed)
+        )
+        dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+        return dx, None, *rest, None, None
+
+    def no_second_derivative(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"group_norm_act has no second derivative on the {backend} backend; "
+            'run its forward pass under imagen_fast.use_backend("eager"), which has'
+        )
+
+    operator, library = f"imagen_fast::group_norm_act_{backend}", _LIBRARY
+    torch.library.register_autograd(operator, differentiate, setup_context=_save_for_backward, lib=library)
+    operator = f"imagen_fast::group_norm_act_backward_{backend}"
+    torch.library.register_autograd(operator, no_second_derivative, lib=library)
+
+
+def _define(backend: str) -> None:
+    """The operators of a backend that a library implements."""
+    _LIBRARY.define(
+        f"group_norm_act_{backend}(Tensor x, int num_groups, Tensor? weight, Tensor? bias, Tensor? scale, "
+        "Tensor? shift, int activation, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
-    dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
-    return dx, None, *rest, None, None
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "group_norm_act has no second derivative on the cpu backend; "
-        'run its forward pass under imagen_fast.use_backend("eager"), which has'
+    _LIBRARY.define(
+        f"group_norm_act_backward_{backend}(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int num_groups, "
+        "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int activation, int needs) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
+    torch.library.register_fake(f"imagen_fast::group_norm_act_{backend}", _fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(f"imagen_fast::group_norm_act_backward_{backend}", _fake_backward, lib=_LIBRARY)
+    _register_autograd(backend)
 
 
-torch.library.register_autograd(
-    "imagen_fast::group_norm_act_cpu", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
-)
-torch.library.register_autograd("imagen_fast::group_norm_act_backward_cpu", _no_second_derivative, lib=_LIBRARY)
+_define("cpu")
+
+
+@_triton.once
+def _define_triton() -> None:
+    kernels = _triton.kernels("group_norm_act")
+    _triton.define("group_norm_act_triton", kernels.forward, fake=_fake_forward)
+    _triton.define("group_norm_act_backward_triton", kernels.backward, fake=_fake_backward)
+    _register_autograd("triton")
 
 
 def _run_eager(call: _Call) -> Tensor:
@@ -152,19 +169,20 @@ def _run_eager(call: _Call) -> Tensor:
     return eager_group_norm_act(x, num_groups, weight, bias, scale=scale, shift=shift, activation=activation, eps=eps)
 
 
-def _run_cpu(call: _Call) -> Tensor:
+def _arguments(call: _Call) -> tuple[Any, ...]:
+    """A call as the operators take it."""
     x, num_groups, weight, bias, scale, shift, activation, eps = call
-    arguments = (
-        dense(x),
-        num_groups,
-        weight,
-        bias,
-        _norms.per_sample(scale, x),
-        _norms.per_sample(shift, x),
-        _norms.ACTIVATION_CODES[activation],
-        eps,
-    )
-    return run_operator(_forward, *arguments)[0]
+    scale, shift = _norms.per_sample(scale, x), _norms.per_sample(shift, x)
+    return dense(x), num_groups, weight, bias, scale, shift, _norms.ACTIVATION_CODES[activation], eps
+
+
+def _run_cpu(call: _Call) -> Tensor:
+    return run_operator(torch.ops.imagen_fast.group_norm_act_cpu.default, *_arguments(call))[0]
+
+
+def _run_triton(call: _Call) -> Tensor:
+    _define_triton()
+    return run_operator(torch.ops.imagen_fast.group_norm_act_triton.default, *_arguments(call))[0]
 
 
 _OP = Op(
@@ -173,6 +191,7 @@ _OP = Op(
     (
         Backend("eager", _run_eager),
         Backend("cpu", _run_cpu, (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
+        Backend("triton", _run_triton, (dtypes("x", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     lambda call: _norms.notes(call.x),
 )
