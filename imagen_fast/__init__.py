@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from . import diffusion, models, nn, ops, testing
     from .accelerate import Report, accelerate, restore
     from .backends import explain, use_backend
+    from .reference.attention import RelativePositionBias
 
 __version__ = "0.1.0"
 __all__ = [
+    "RelativePositionBias",
     "Report",
     "__version__",
     "accelerate",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULES = ("diffusion", "models", "nn", "ops", "testing")
 _MODULE_OF = {
+    "RelativePositionBias": "reference.attention",
     "Report": "accelerate",
     "accelerate": "accelerate",
     "explain": "backends",

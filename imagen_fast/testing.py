@@ -121,6 +121,8 @@ def largest_error(ours: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, fl
 def assert_op_as_accurate(op: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
     """Assert that the results of an op, and its gradients for every floating tensor argument, are `as_accurate`.
 
+    An argument that is a named tuple, such as a `RelativePositionBias`, has the gradients of its fields.
+
     Ours is the op on the backend that is selected (`imagen_fast.use_backend`), eager is its `eager` backend, and the
     truth its `eager` backend in float64. The gradients are of the results weighted by the same random numbers. Results
     must have the memory format of eager's, and gradients the dtype and shape of their tensors.
@@ -148,13 +150,14 @@ def assert_op_as_accurate(op: Callable[..., Any], /, *args: Any, **kwargs: Any) 
 
 def _results_and_gradients(op: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
     """By name: "result 0", ... and "gradient of x", ..."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
+    leaves: dict[str, Tensor] = {}
+
+    def as_leaf(name: str, x: Tensor) -> Tensor:
+        leaves[name] = x.detach().requires_grad_()
+        return leaves[name]
+
     bound = inspect.signature(op).bind_partial()
-    bound.arguments.update(arguments | leaves)
+    bound.arguments.update({name: _with_floating(as_leaf, name, value) for name, value in arguments.items()})
     with torch.enable_grad():
         returned = op(*bound.args, **bound.kwargs)
     outputs = [output for output in (returned if isinstance(returned, tuple) else (returned,)) if output is not None]
@@ -173,8 +176,17 @@ def _layout(y: Tensor) -> list[int]:
     return [stride for stride, size in zip(y.stride(), y.shape, strict=True) if size > 1] if y.numel() else []
 
 
+def _with_floating(change: Callable[[str, Tensor], Tensor], name: str, value: Any) -> Any:
+    """An argument with its floating tensors changed: itself, or the fields of a named tuple."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(
+            *(_with_floating(change, f"{name}.{key}", x) for key, x in zip(value._fields, value, strict=True))
+        )
+    return change(name, value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _to_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return _with_floating(lambda _, x: x.double(), "", value)
 
 
 def assert_model_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "output") -> None:

@@ -7,6 +7,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # static type checkers find nothing by running code: without this they see the modules
+    from .attention import attention as attention
     from .channel_rms_norm_act import channel_rms_norm_act as channel_rms_norm_act
     from .group_norm_act import group_norm_act as group_norm_act
 

@@ -23,17 +23,18 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {x.layout}")
 
 
-def parameter(name: str, p: Tensor, x: Tensor) -> None:
+def parameter(name: str, p: Tensor, x: Tensor, x_name: str = "x") -> None:
     """p may stand beside x: on its device, and of its dtype, or any two of 16 and 32 bits."""
     if not isinstance(p, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(p).__name__}")
     if p.dtype != x.dtype and not (p.dtype in _BESIDE_EACH_OTHER and x.dtype in _BESIDE_EACH_OTHER):
         needed = "float64" if x.dtype == torch.float64 else "float16, bfloat16 or float32"
-        raise TypeError(f"{name} must be {needed} beside an x of {x.dtype}, got {p.dtype}")
+        article = "an" if x_name == "x" else "a"
+        raise TypeError(f"{name} must be {needed} beside {article} {x_name} of {x.dtype}, got {p.dtype}")
     if p.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {p.layout}")
     if p.device != x.device:
-        raise ValueError(f"{name} must be on {x.device}, where x is, got {p.device}")
+        raise ValueError(f"{name} must be on {x.device}, where {x_name} is, got {p.device}")
 
 
 def integer(name: str, value: int, minimum: int) -> None:
