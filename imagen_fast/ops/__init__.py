@@ -7,6 +7,8 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # static type checkers find nothing by running code: without this they see the modules
+    from .abs_quantile import abs_quantile as abs_quantile
+    from .add_noise import add_noise as add_noise
     from .attention import attention as attention
     from .channel_rms_norm_act import channel_rms_norm_act as channel_rms_norm_act
     from .group_norm_act import group_norm_act as group_norm_act

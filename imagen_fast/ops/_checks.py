@@ -55,3 +55,10 @@ def one_of(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
     if value not in known:
         names = [option for option in known if option is not None]
         raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), names)}{' or None' if None in known else ''}")
+
+
+def probability(name: str, value: float) -> None:
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
