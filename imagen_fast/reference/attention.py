@@ -101,7 +101,8 @@ def attention(
     if 0 in (*q.shape[:3], k.shape[2]):
         out = _without_scores(q, k, v, mask)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = bool(q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
     return out.transpose(1, outer).contiguous().transpose(1, outer)
 
 
