@@ -20,7 +20,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
-FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES))
+FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/cuda -type f 2>/dev/null))
 NATIVE_LIBRARY := imagen_fast/lib/libimagen_fast_cpu.so
 
 .PHONY: demo test lint bench test-gpu bench-gpu check-wheel clean distclean setup

@@ -1,4 +1,4 @@
-"""Builds the native CPU library beside the Python package; everything else about packaging is in pyproject.toml.
+"""Builds the native libraries beside the Python package; everything else about packaging is in pyproject.toml.
 
 `csrc/` is laid out by op, and no file lists the sources:
 
@@ -6,14 +6,18 @@
 - every other `csrc/<folder>/*.cpp` is compiled once: registration, and what must not depend on an instruction set.
 
 All of it becomes `imagen_fast/lib/libimagen_fast_cpu.so` on PyTorch's stable ABI: one file for every Python and every
-torch from 2.11 on. `csrc/<folder>/*.cu` is the place of CUDA sources, and a second entry in `libraries()` the place of
-the library that is made of them. Without a C++ compiler the package installs all the same and runs on plain PyTorch.
+torch from 2.11 on. Without a C++ compiler the package installs all the same and runs on plain PyTorch.
+
+- `csrc/<folder>/cuda*.cu`, where nvcc is, become `imagen_fast/lib/libimagen_fast_cuda.so`, each compiled once for all
+  architectures. Neither a GPU nor a PyTorch with CUDA is needed. `IMAGEN_FAST_CUDA_ARCHS="9.0a 12.0+PTX"` chooses the
+  architectures, `IMAGEN_FAST_NO_CUDA=1` leaves the library out.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,6 +48,9 @@ INSTRUCTION_SETS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
+# 9.0a: with the instructions that only 9.0 has. PTX: for architectures to come.
+CUDA_ARCHITECTURES = "8.0 9.0a 10.0 12.0+PTX"
+
 
 def say(message: str) -> None:
     print(f"imagen_fast: {message}", file=sys.stderr, flush=True)
@@ -73,8 +80,10 @@ class Library:
 
     name: str
     compiler: list[str]
+    linker: list[str]
     objects: dict[str, tuple[Path, list[str]]]  # object file: source, flags
     link_flags: list[str]
+    keep_log: bool = False  # what the compiler says of an object goes to a file beside it, ….o.log
 
     def ninja(self) -> str:
         """The contents of build.ninja."""
@@ -85,16 +94,18 @@ class Library:
         def path(value: Path | str) -> str:
             return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
+        log = " > $out.log 2>&1 || (cat $out.log; false)" if self.keep_log else ""
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {words(self.compiler)}",
+            f"ld = {words(self.linker)}",
             "rule compile",
-            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            f"  command = $cxx -MMD -MF $out.d $flags -c $in -o $out{log}",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
             "rule link",
-            "  command = $cxx -shared $in -o $out $flags",
+            "  command = $ld -shared $in -o $out $flags",
             "  description = link $out",
         ]
         for target, (source, flags) in self.objects.items():
@@ -112,7 +123,7 @@ class Library:
         # An unchanged script keeps its time, so that a second call has nothing to do.
         if not script.exists() or script.read_text() != self.ninja():
             script.write_text(self.ninja())
-        if subprocess.run([find_ninja(), "-C", str(folder)]).returncode:
+        if subprocess.run([find_ninja(), "-C", str(folder)], stdout=2).returncode:
             raise SystemExit(f"imagen_fast: {self.name} could not be built; the compiler's messages are above")
         return folder / self.name
 
@@ -147,7 +158,93 @@ def cpu_library(compiler: list[str]) -> Library:
             objects[f"{stem}.o"] = (source, [*common, *for_torch])
     # -z defs: a symbol that no library defines fails here, not at the user's import.
     link_flags = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs", "-Wl,--as-needed"]
-    return Library("libimagen_fast_cpu.so", compiler, objects, link_flags)
+    return Library("libimagen_fast_cpu.so", compiler, compiler, objects, link_flags)
+
+
+@dataclass
+class Toolkit:
+    """A CUDA toolkit: its compiler, the folder of its libraries, and the architectures it knows ("80", "90", …)."""
+
+    nvcc: Path
+    libraries: Path
+    architectures: set[str]
+
+
+def find_toolkit() -> Toolkit | None:
+    """The CUDA toolkit of $CUDA_HOME, of the path or in the usual place."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes] if homes else []
+    if not homes:
+        candidates = [Path(shutil.which("nvcc") or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
+    nvcc = next((path for path in candidates if path.exists()), None)
+    if nvcc is None:
+        return None
+
+    def answer(*options: str) -> str:
+        run = subprocess.run([str(nvcc), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return run.stdout
+
+    # What the path has may be a script that calls nvcc. TOP is where the real one has its toolkit.
+    top = re.search(r"^#\$ TOP=(.+)$", answer("--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
+    home = Path(top[1].strip()).resolve() if top else nvcc.resolve().parents[1]
+    folders = [home / name for name in ("lib64", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib")]
+    libraries = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+    if libraries is None:
+        say(f"{nvcc} has no libcudart_static.a in {home}; it is not used")
+        return None
+    return Toolkit(nvcc, libraries, set(re.findall(r"compute_(\d+)", answer("--list-gpu-arch"))))
+
+
+def cuda_architectures(toolkit: Toolkit) -> list[str]:
+    """The architectures to compile for, as "9.0a" or "12.0+PTX"."""
+    asked = os.environ.get("IMAGEN_FAST_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").split()
+    for name in asked:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(
+                f"imagen_fast: IMAGEN_FAST_CUDA_ARCHS: {name!r} is no architecture such as 9.0a or 12.0+PTX"
+            )
+    known, unknown = [], []
+    for name in asked or CUDA_ARCHITECTURES.split():
+        (known if re.sub(r"\D", "", name.partition("+")[0]) in toolkit.architectures else unknown).append(name)
+    if unknown:
+        message = f"{toolkit.nvcc} does not know the architectures {', '.join(unknown)}"
+        if asked or not known:
+            raise SystemExit(f"imagen_fast: {message}; name others in IMAGEN_FAST_CUDA_ARCHS")
+        say(f"{message}; their machine code is left out")
+    return known
+
+
+def gencode(architecture: str) -> list[str]:
+    name, _, ptx = architecture.partition("+")
+    number = name.replace(".", "")
+    code = f"sm_{number}" if not ptx else f"[sm_{number},compute_{number}]"
+    return ["-gencode", f"arch=compute_{number},code={code}"]
+
+
+def cuda_library(compiler: list[str], toolkit: Toolkit) -> Library:
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    architectures = cuda_architectures(toolkit)
+    nvcc = [str(toolkit.nvcc), "-ccbin", shutil.which(compiler[0]) or compiler[0]]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", STABLE_ABI, "-DUSE_CUDA"]
+    flags += ["-isystem", str(torch_folder / "include"), "-Xptxas", "-v"]
+    if understands(nvcc, ["--compress-mode=size"]):
+        flags.append("--compress-mode=size")
+    flags += [flag for architecture in architectures for flag in gencode(architecture)]
+    about = f'-DIMAGEN_FAST_CUDA_LIBRARY="CUDA {" ".join(architectures)}"'
+    objects = {
+        f"{source.parent.name}.{source.stem}.o": (
+            source,
+            [*flags, *([about] if source.parent.name == "common" else [])],
+        )
+        for source in sorted(CSRC.glob("*/cuda*.cu"))
+    }
+    # The runtime comes along, without its names. It needs what PyTorch's CUDA flavour has, and nothing that PyTorch
+    # without CUDA lacks: the one such function is declared weak.
+    link_flags = [f"-L{torch_folder / 'lib'}", f"-L{toolkit.libraries}", "-Wl,--as-needed", "-ltorch_cpu"]
+    link_flags += ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]
+    return Library("libimagen_fast_cuda.so", nvcc, compiler, objects, link_flags, keep_log=True)  # of resources
 
 
 def libraries() -> list[Library]:
@@ -160,7 +257,15 @@ def libraries() -> list[Library]:
         say("NO C++ COMPILER FOUND: installing without the native library; the package will run on plain PyTorch")
         say("install g++ or clang++ (or set CXX) and install again to get the kernels")
         return []
-    return [cpu_library(compiler)]
+    found = [cpu_library(compiler)]
+    if os.environ.get("IMAGEN_FAST_NO_CUDA", "").strip().lower() not in ("", "0", "false", "no", "off"):
+        say("IMAGEN_FAST_NO_CUDA is set: building without the CUDA kernels")
+    elif (toolkit := find_toolkit()) is None:
+        say("no nvcc found: building without the CUDA kernels (set CUDA_HOME if there is one)")
+    else:
+        say(f"building the CUDA kernels with {toolkit.nvcc} (IMAGEN_FAST_NO_CUDA=1 leaves them out)")
+        found.append(cuda_library(compiler, toolkit))
+    return found
 
 
 class BuildNative(build_ext):
@@ -170,7 +275,10 @@ class BuildNative(build_ext):
         in_place = self.inplace or self.editable_mode
         target = (ROOT if in_place else Path(self.build_lib)) / LIBRARY_FOLDER
         self.built: list[str] = []
-        for library in libraries():
+        to_build = libraries()
+        for left_over in set(target.glob("libimagen_fast_*.so")) - {target / library.name for library in to_build}:
+            left_over.unlink()  # by an earlier build, of sources that are no more
+        for library in to_build:
             made = library.build(ROOT / "build" / "native" / library.name.removesuffix(".so"))
             target.mkdir(parents=True, exist_ok=True)
             # Replaced in one step: a process that has the old file mapped keeps it whole.
@@ -208,16 +316,26 @@ def packages() -> list[str]:
     return found
 
 
-setup(
-    packages=packages(),
-    package_dir=PACKAGE_FOLDERS,
-    package_data={
-        "imagen_fast": ["py.typed", "assets/labels/*.png", "training/configs/*.toml", "models/weights/**/*.safetensors"]
-        + [f"models/weights/**/*.{ending}" for ending in ("json", "md")],
-        "imagen_fast.kernels": ["*.json"],
-    },
-    include_package_data=False,
-    # The name is only a reason for setuptools to run build_ext; the sources are found by `cpu_library`.
-    ext_modules=[Extension("imagen_fast.lib.native", sources=[])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-)
+def main() -> None:
+    setup(
+        packages=packages(),
+        package_dir=PACKAGE_FOLDERS,
+        package_data={
+            "imagen_fast": [
+                "py.typed",
+                "assets/labels/*.png",
+                "training/configs/*.toml",
+                "models/weights/**/*.safetensors",
+            ]
+            + [f"models/weights/**/*.{ending}" for ending in ("json", "md")],
+            "imagen_fast.kernels": ["*.json"],
+        },
+        include_package_data=False,
+        # The name is only a reason for setuptools to run build_ext; the sources are found by `cpu_library`.
+        ext_modules=[Extension("imagen_fast.lib.native", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    )
+
+
+if __name__ == "__main__":  # the tests build with what is above
+    main()

@@ -16,6 +16,10 @@ LIBRARY = Path(__file__).parent / "lib" / "libimagen_fast_cuda.so"
 
 _EMULATOR = os.environ.get("IMAGEN_FAST_CUDA_EMULATOR", "")
 
+_SCHEMAS = torch.library.Library("imagen_fast", "FRAGMENT")
+_SCHEMAS.define("_cuda_library() -> str")
+_SCHEMAS.define("_set_emulator_option(str name, str value) -> ()")
+
 
 def emulated() -> bool:
     """Whether the kernels run on tensors of the CPU in this process, by the host emulator."""
@@ -35,3 +39,13 @@ def unavailable_reason() -> str | None:
     except OSError as error:
         return f"the CUDA library does not load: {error}"
     return None
+
+
+def library() -> str:
+    """What the library that is loaded was built for: "CUDA 8.0 9.0a", or a flavour of the emulator."""
+    return torch.ops.imagen_fast._cuda_library()
+
+
+def set_emulator_option(name: str, value: object) -> None:
+    """Set an option of the emulator, for tests, such as "order" to "reverse"; see `csrc/common/simt/launch.h`."""
+    torch.ops.imagen_fast._set_emulator_option(name, str(value))

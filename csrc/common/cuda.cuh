@@ -9,7 +9,7 @@
 // `extern __shared__` and `__CUDA_ARCH__`. No torch header comes in from here.
 //
 //   Launching (host)          LaunchConfig, launch, device_properties, resident_blocks, resident_clusters
-//   Shared memory             SHARED(name, type), dynamic_shared<T>()
+//   Shared memory             SHARED(name, type), SHARED_ALIGNED(bytes, name, type), dynamic_shared<T>()
 //   Cluster, grid             cluster_rank, cluster_size, cluster_sync, map_shared_rank, grid_sync
 //   Copies to shared memory   copy_async_16, copy_async_commit, copy_async_wait<groups in flight>
 //   Matrices                  ldmatrix_x4, ldmatrix_x4_transposed, ldmatrix_x2, ldmatrix_x2_transposed, mma_m16n8k16<T>
