@@ -34,10 +34,11 @@ __attribute__((naked, noinline)) void switch_stack(void** /*from: rdi*/, void* /
 
 unsigned char* stacks() {
   static unsigned char* const memory = [] {
-    void* reserved = mmap(nullptr, kMaxFibers * kStackBytes, PROT_READ | PROT_WRITE,
+    // One more in front, for the first one to run over into
+    void* reserved = mmap(nullptr, (1 + kMaxFibers) * kStackBytes, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved == MAP_FAILED) throw std::runtime_error("CUDA emulator: no address space for stacks");
-    return static_cast<unsigned char*>(reserved);
+    return static_cast<unsigned char*>(reserved) + kStackBytes;
   }();
   return memory;
 }
