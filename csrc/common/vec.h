@@ -109,6 +109,7 @@ struct Twice {
     return {times_power_of_two(a.first, n.first), times_power_of_two(a.second, n.second)};
   }
   friend IMAGEN_FAST_INLINE Scalar sum(Twice a) { return sum(a.first + a.second); }
+  friend IMAGEN_FAST_INLINE Scalar largest(Twice a) { return largest(max(a.first, a.second)); }
   friend IMAGEN_FAST_INLINE auto sum_of_vectors(Twice a) { return sum_of_vectors(a.first + a.second); }
 
   template <typename Function>

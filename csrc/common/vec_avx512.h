@@ -131,6 +131,7 @@ struct Vec<float> {
     return Vec(_mm512_maskz_mov_ps(first_mask(count), a.raw));
   }
   friend IMAGEN_FAST_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.raw); }
+  friend IMAGEN_FAST_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.raw); }
 };
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -163,6 +163,13 @@ struct Vec {
     return total;
   }
 
+  // Any of the others if one is NaN
+  friend IMAGEN_FAST_INLINE S largest(Vec a) {
+    S most = a.raw[0];
+    for (int i = 1; i < kWidth; ++i) most = a.raw[i] > most ? a.raw[i] : most;
+    return most;
+  }
+
   // function(lane) for every lane
   template <typename Function>
   friend IMAGEN_FAST_INLINE Vec map(Vec a, Function function) {
