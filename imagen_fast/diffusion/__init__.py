@@ -2,7 +2,15 @@
 
 from ..reference.guidance import DynamicThreshold, Guidance
 from .sampling import Noise, sample_loop
-from .schedules import linear_betas, spaced_timesteps, squaredcos_cap_v2
+from .schedules import (
+    cosine,
+    cosine_start,
+    karras_sigmas,
+    linear_betas,
+    shift_log_snr,
+    spaced_timesteps,
+    squaredcos_cap_v2,
+)
 from .step_table import StepTable
 
 __all__ = [
@@ -10,8 +18,12 @@ __all__ = [
     "Guidance",
     "Noise",
     "StepTable",
+    "cosine",
+    "cosine_start",
+    "karras_sigmas",
     "linear_betas",
     "sample_loop",
+    "shift_log_snr",
     "spaced_timesteps",
     "squaredcos_cap_v2",
 ]

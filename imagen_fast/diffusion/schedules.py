@@ -56,6 +56,70 @@ def linear_betas(n: int, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Te
     return _cumulate(torch.linspace(beta_start, beta_end, n, dtype=torch.float64))
 
 
+def cosine(n: int, s: float = 0.008) -> Tensor:
+    """The cosine schedule in continuous time, ᾱ(u) = cos²((u + s) / (1 + s) · π/2), at u = 1/n, 2/n, …, 1.
+
+    As imagen-pytorch samples: a step from u = 1/n ends at `final_alpha_cumprod` ᾱ(0) = `cosine_start(s)`, and √ᾱ is at
+    least 1e-8.
+
+    Returns:
+        alphas_cumprod (n,) in float64.
+
+    Raises:
+        ValueError: n is not positive, or s is negative.
+    """
+    _check_positive(n)
+    times = torch.arange(1, n + 1, dtype=torch.float64) / n
+    return ((times + s) / (1 + s) * (math.pi / 2)).cos().square().clamp(min=1e-16)
+
+
+def cosine_start(s: float = 0.008) -> float:
+    """ᾱ(0) of `cosine`, where its last step ends."""
+    return math.cos(s / (1 + s) * math.pi / 2) ** 2
+
+
+def shift_log_snr(alphas_cumprod: Tensor, factor: float) -> Tensor:
+    """A schedule with ln(ᾱ / (1 − ᾱ)) raised by 2 ln(factor), for pictures of another size.
+
+    Noise of the same strength hides less of a larger picture: factor = 64 / size shifts the schedule of a model of 64²
+    to one of size² (simple diffusion, arXiv 2301.11093, section 3.1).
+
+    Returns:
+        alphas_cumprod (n,) in float64.
+
+    Raises:
+        ValueError: factor is not positive.
+    """
+    check_alphas_cumprod(alphas_cumprod)
+    if not factor > 0:
+        raise ValueError(f"factor must be positive, got {factor}")
+    return torch.sigmoid(torch.logit(alphas_cumprod.double()) + 2 * math.log(factor))
+
+
+def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Noise levels evenly spaced in σ^(1/rho), falling from sigma_max to sigma_min (EDM, arXiv 2206.00364, equation 5).
+
+    Returns:
+        (n,) in float64.
+
+    Raises:
+        ValueError: n is not positive, or not 0 < sigma_min <= sigma_max.
+    """
+    _check_positive(n)
+    if not 0 < sigma_min <= sigma_max:
+        raise ValueError(f"need 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def check_alphas_cumprod(alphas_cumprod: Tensor) -> None:
+    """Raise ValueError unless it is a tensor of shape (n,)."""
+    if not isinstance(alphas_cumprod, Tensor) or alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 1:
+        found = tuple(alphas_cumprod.shape) if isinstance(alphas_cumprod, Tensor) else type(alphas_cumprod).__name__
+        raise ValueError(f"alphas_cumprod must be (n,), got {found}")
+
+
 def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading", offset: int = 0) -> list[int]:
     """The timesteps a sampler visits, noisiest first.
 

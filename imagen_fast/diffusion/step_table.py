@@ -1,60 +1,73 @@
 """A solver as a table: one row of coefficients per evaluation of the model.
 
-With x the sample, o the guided output, and ε noise, every step of every solver here is
+With x the sample, o the guided output, x0' the previous evaluation's x0, and ε noise, every step of every solver is
 
-    x0   = threshold(x0_from_sample · x + x0_from_output · o)
-    next = next_from_sample · x + next_from_output · o + next_from_x0 · x0 + noise_scale · ε
+    x0   = threshold(x0_from_sample · x + x0_from_output · o + x0_from_noise · ε)
+    next = next_from_sample · x + next_from_output · o + next_from_x0 · x0 + next_from_previous_x0 · x0'
+           + noise_scale · ε
 
-where a learned variance multiplies ε by exp(½ · logvar), logvar interpolated between min_log_variance and
-max_log_variance by the output's variance channels (improved DDPM, arXiv 2102.09672, equation 15).
+where a learned variance multiplies ε in `next` by exp(½ · logvar), logvar interpolated between min_log_variance and
+max_log_variance by the output's variance channels (improved DDPM, arXiv 2102.09672, equation 15). For the loop, a row
+has the timestep that the model is told, and what its input is multiplied by.
+
+The builders reproduce the schedulers of diffusers, step by step; how they come by their coefficients stands in
+`_variance_preserving` (DDPM, DDIM, DPM-Solver++) and `_variance_exploding` (Euler, Heun, EDM).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .schedules import spaced_timesteps
+from . import _variance_exploding as exploding
+from . import _variance_preserving as preserving
+from .coefficients import COLUMNS, Prediction, Row, Variance
 
-Prediction = Literal["epsilon", "v", "x0"]
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-
-COLUMNS = (
-    "x0_from_sample",
-    "x0_from_output",
-    "next_from_sample",
-    "next_from_output",
-    "next_from_x0",
-    "noise_scale",
-    "min_log_variance",
-    "max_log_variance",
-)
-
-_SMALLEST_VARIANCE = 1e-20  # diffusers clamps here before taking the logarithm
+__all__ = ["COLUMNS", "Prediction", "StepTable", "Variance"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepTable:
-    """Coefficients of a solver.
+    """Coefficients of a solver, with a builder for each.
 
     Attributes:
-        rows: (steps, len(COLUMNS)) float64, in the order of `COLUMNS`.
-        timesteps: the model's timestep of every row, noisiest first.
+        rows: (evaluations, len(COLUMNS)) float64 on the CPU, in the order of `COLUMNS`.
+        timesteps: the timestep that the model is told at every evaluation, noisiest first.
         learned_variance: whether the output carries variance channels that are used.
         initial_sigma: the standard deviation of the first sample.
+
+    Example:
+        >>> table = StepTable.ddim(squaredcos_cap_v2(1000), steps=25, prediction="v")
+        >>> for index, timestep in enumerate(table.timesteps):
+        ...     sample, _ = ops.sampler_step(sample, unet(sample, timestep), table, index)
     """
 
     rows: Tensor
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     learned_variance: bool = False
     initial_sigma: float = 1.0
+    _on: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.rows.shape != (len(self.timesteps), len(COLUMNS)) or self.rows.dtype != torch.float64:
+            raise ValueError(
+                f"rows must be float64 of shape {(len(self.timesteps), len(COLUMNS))}, "
+                f"got {self.rows.dtype} {tuple(self.rows.shape)}"
+            )
+        used = self.rows.ne(0).any(0).tolist()
+        object.__setattr__(self, "_used", dict(zip(COLUMNS, used, strict=True)))
+        reads = self.rows[:, COLUMNS.index("next_from_previous_x0")].ne(0).tolist()
+        object.__setattr__(self, "_needs_x0", (*reads[1:], False))
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def __deepcopy__(self, memo: Any) -> StepTable:
+        return self  # nothing in it ever changes
 
     def row(self, index: int) -> dict[str, float]:
         """Row `index` by column name. Raises IndexError outside [0, len)."""
@@ -64,7 +77,28 @@ class StepTable:
 
     def uses(self, column: str) -> bool:
         """Whether any row has a coefficient other than zero in this column."""
-        return bool(self.rows[:, COLUMNS.index(column)].ne(0).any())
+        return self._used[column]  # type: ignore[attr-defined]
+
+    def needs_x0(self, index: int) -> bool:
+        """Whether the row after `index` reads this row's x0."""
+        return self._needs_x0[index]  # type: ignore[attr-defined]
+
+    def on(self, device: torch.device) -> Tensor:
+        """The rows on a device; the same tensor at every call."""
+        if device.type == "cpu":
+            return self.rows
+        return self._kept(("rows", device), lambda: self.rows.to(device))
+
+    def index(self, index: int, device: torch.device) -> Tensor:
+        """`index` as a 0-d int64 tensor on a device; the same one at every call."""
+        return self._kept(("index", device), lambda: torch.arange(len(self), device=device).unbind())[index]
+
+    def _kept(self, key: Any, make: Any) -> Any:
+        if torch.compiler.is_compiling():  # what is made while tracing is no tensor to keep
+            return make()
+        if key not in self._on:
+            self._on[key] = make()
+        return self._on[key]
 
     @classmethod
     def ddpm(
@@ -75,15 +109,18 @@ class StepTable:
         prediction: Prediction = "epsilon",
         variance: Variance = "fixed_small",
         spacing: str = "leading",
+        offset: int = 0,
+        final_alpha_cumprod: float = 1.0,
     ) -> StepTable:
-        """Ancestral sampling (DDPM, arXiv 2006.11239, equation 7); no noise in the last step.
+        """Ancestral sampling (DDPM, arXiv 2006.11239, equation 7); no noise at timestep 0.
 
         Args:
             alphas_cumprod: (n,), from a schedule.
             steps: how many of the n timesteps to visit, or the timesteps themselves, noisiest first.
-            prediction: what the model's output is.
+            prediction: what the model's output is: "epsilon", "v" or "x0".
             variance: "fixed_small" (the posterior's), "fixed_large" (β) or "learned_range" (between the two).
-            spacing: see `spaced_timesteps`.
+            spacing, offset: see `spaced_timesteps`.
+            final_alpha_cumprod: where the last step ends; 1 is a clean picture.
 
         Raises:
             ValueError: an unknown prediction, variance or spacing, or steps out of range.
@@ -92,30 +129,9 @@ class StepTable:
             >>> len(StepTable.ddpm(squaredcos_cap_v2(1000), steps=50, prediction="v"))
             50
         """
-        if variance not in ("fixed_small", "fixed_large", "learned_range"):
-            raise ValueError(f"variance must be 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
-        timesteps, alphas, alphas_next = _visited(alphas_cumprod, steps, spacing)
-        rows = []
-        for alpha, alpha_next in zip(alphas, alphas_next, strict=True):
-            x0_from_sample, x0_from_output = _x0_coefficients(prediction, alpha)
-            step_alpha = alpha / alpha_next
-            step_beta = 1 - step_alpha
-            small = max((1 - alpha_next) / (1 - alpha) * step_beta, _SMALLEST_VARIANCE)
-            large = max(step_beta, _SMALLEST_VARIANCE)
-            std = {"fixed_small": small, "fixed_large": large, "learned_range": 1.0}[variance] ** 0.5
-            row = dict.fromkeys(COLUMNS, 0.0)
-            row.update(
-                x0_from_sample=x0_from_sample,
-                x0_from_output=x0_from_output,
-                next_from_sample=step_alpha**0.5 * (1 - alpha_next) / (1 - alpha),
-                next_from_x0=alpha_next**0.5 * step_beta / (1 - alpha),
-                noise_scale=std,
-                min_log_variance=_log(small),
-                max_log_variance=_log(large),
-            )
-            rows.append(row)
-        rows[-1]["noise_scale"] = 0.0
-        return cls(_stack(rows), timesteps, learned_variance=variance == "learned_range")
+        levels = preserving.visited(alphas_cumprod, steps, spacing, offset, final_alpha_cumprod)
+        rows = preserving.ddpm(levels, prediction, variance)
+        return cls._of(rows, learned_variance=variance == "learned_range")
 
     @classmethod
     def ddim(
@@ -126,67 +142,163 @@ class StepTable:
         prediction: Prediction = "epsilon",
         eta: float = 0.0,
         spacing: str = "leading",
+        offset: int = 0,
         clipped_epsilon: bool = False,
+        final_alpha_cumprod: float = 1.0,
     ) -> StepTable:
         """Implicit sampling (DDIM, arXiv 2010.02502, equation 12); deterministic for eta 0.
 
+        A number of steps spaces them as diffusers does: each goes n // steps timesteps down, wherever the next one is.
+
         Args:
-            alphas_cumprod, steps, prediction, spacing: as for `ddpm`.
+            alphas_cumprod, steps, prediction, spacing, offset, final_alpha_cumprod: as for `ddpm`.
             eta: 0 for the deterministic sampler, 1 for the noise of DDPM.
             clipped_epsilon: take the noise from the thresholded x0 (Imagen) instead of the raw output (diffusers).
 
         Raises:
             ValueError: as for `ddpm`, or eta outside [0, 1].
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1, got {eta}")
-        timesteps, alphas, alphas_next = _visited(alphas_cumprod, steps, spacing)
-        rows = []
-        for alpha, alpha_next in zip(alphas, alphas_next, strict=True):
-            x0_from_sample, x0_from_output = _x0_coefficients(prediction, alpha)
-            sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
-            direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
-            # ε = (x − √ᾱ x0) / √(1 − ᾱ), with x0 as predicted or as thresholded.
-            from_sample, from_x0 = 1 / (1 - alpha) ** 0.5, -((alpha / (1 - alpha)) ** 0.5)
-            row = dict.fromkeys(COLUMNS, 0.0)
-            row.update(x0_from_sample=x0_from_sample, x0_from_output=x0_from_output)
-            row.update(next_from_x0=alpha_next**0.5, noise_scale=sigma)
-            if clipped_epsilon:
-                row["next_from_sample"] = direction * from_sample
-                row["next_from_x0"] += direction * from_x0
-            else:
-                row["next_from_sample"] = direction * (from_sample + from_x0 * x0_from_sample)
-                row["next_from_output"] = direction * from_x0 * x0_from_output
-            rows.append(row)
-        return cls(_stack(rows), timesteps)
+        stride = len(alphas_cumprod) // steps if isinstance(steps, int) and steps > 0 else None
+        levels = preserving.visited(alphas_cumprod, steps, spacing, offset, final_alpha_cumprod, stride)
+        return cls._of(preserving.ddim(levels, prediction, eta, clipped_epsilon))
 
+    @classmethod
+    def dpm_solver_pp(
+        cls,
+        alphas_cumprod: Tensor,
+        *,
+        steps: int | Sequence[int],
+        prediction: Prediction = "epsilon",
+        order: int = 2,
+        sde: bool = False,
+        spacing: str = "linspace",
+        offset: int = 0,
+        solver_type: str = "midpoint",
+        karras: bool = False,
+        lower_order_final: bool = True,
+        final_sigma: str = "zero",
+    ) -> StepTable:
+        """DPM-Solver++ (arXiv 2211.01095) of order 1, or 2 as a multistep method ("2M"), and their stochastic forms.
 
-def _visited(
-    alphas_cumprod: Tensor, steps: int | Sequence[int], spacing: str
-) -> tuple[tuple[int, ...], list[float], list[float]]:
-    """The visited timesteps, ᾱ at each, and ᾱ where each step ends (1 after the last)."""
-    if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 1:
-        raise ValueError(f"alphas_cumprod must be (n,), got {tuple(alphas_cumprod.shape)}")
-    timesteps = spaced_timesteps(len(alphas_cumprod), steps, spacing)
-    values = alphas_cumprod.double().tolist()
-    alphas = [values[t] for t in timesteps]
-    return tuple(timesteps), alphas, [*alphas[1:], 1.0]
+        Args:
+            alphas_cumprod, steps, prediction, offset: as for `ddpm`.
+            order: 1 or 2; the second reads the previous evaluation's x0. The first step is of order 1.
+            sde: solve the stochastic equation ("2M-SDE"), which adds noise at every step.
+            spacing: "linspace", "leading" or "trailing"; of diffusers' multistep solvers, which leave timestep 0 out.
+            solver_type: "midpoint" or "heun": how the second order is corrected.
+            karras: space the noise levels as Karras et al. do, between those of the first and last timestep.
+            lower_order_final: take the last of less than 15 steps in order 1.
+            final_sigma: "zero" (a clean picture) or "sigma_min" (timestep 0's noise).
 
+        Raises:
+            ValueError: as for `ddpm`, or an order, solver_type or final_sigma that there is not.
+        """
+        rows = preserving.dpm_solver_pp(
+            alphas_cumprod,
+            steps,
+            prediction,
+            order=order,
+            sde=sde,
+            spacing=spacing,
+            offset=offset,
+            solver_type=solver_type,
+            karras=karras,
+            lower_order_final=lower_order_final,
+            final_sigma=final_sigma,
+        )
+        return cls._of(rows)
 
-def _x0_coefficients(prediction: str, alpha: float) -> tuple[float, float]:
-    """x0 from the sample and from the output."""
-    if prediction == "epsilon":
-        return alpha**-0.5, -(((1 - alpha) / alpha) ** 0.5)
-    if prediction == "v":
-        return alpha**0.5, -((1 - alpha) ** 0.5)
-    if prediction == "x0":
-        return 0.0, 1.0
-    raise ValueError(f"prediction must be 'epsilon', 'v' or 'x0', got {prediction!r}")
+    @classmethod
+    def euler(
+        cls,
+        alphas_cumprod: Tensor,
+        *,
+        steps: int | Sequence[float],
+        prediction: Prediction = "epsilon",
+        spacing: str = "linspace",
+        offset: int = 0,
+        karras: bool = False,
+        churn: float = 0.0,
+        churn_min: float = 0.0,
+        churn_max: float = float("inf"),
+        churn_noise: float = 1.0,
+        final_sigma: str = "zero",
+    ) -> StepTable:
+        """Euler steps of the probability flow in noise levels σ (EDM, arXiv 2206.00364), with diffusers' churn.
 
+        The sample is x0 + σ ε: its input scale is 1 / √(σ² + 1), the first sample has standard deviation
+        `initial_sigma`, and the timesteps may fall between those of training.
 
-def _log(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).log())
+        Args:
+            alphas_cumprod, steps, prediction, offset: as for `ddpm`.
+            spacing: "linspace", "leading" or "trailing".
+            karras: space the noise levels as Karras et al. do.
+            churn, churn_min, churn_max, churn_noise: S_churn, S_tmin, S_tmax, S_noise of algorithm 2. As in diffusers,
+                the model has seen the sample without the noise that churn adds.
+            final_sigma: "zero" or "sigma_min".
 
+        Raises:
+            ValueError: as for `ddpm`.
+        """
+        levels = exploding.levels(alphas_cumprod, steps, spacing, offset, karras, final_sigma)
+        rows = exploding.euler(levels, prediction, churn, churn_min, churn_max, churn_noise)
+        return cls._of(rows, initial_sigma=levels.initial_sigma)
 
-def _stack(rows: list[dict[str, float]]) -> Tensor:
-    return torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
+    @classmethod
+    def heun(
+        cls,
+        alphas_cumprod: Tensor,
+        *,
+        steps: int | Sequence[float],
+        prediction: Prediction = "epsilon",
+        spacing: str = "linspace",
+        offset: int = 0,
+        karras: bool = False,
+    ) -> StepTable:
+        """Heun's method in noise levels σ (EDM, arXiv 2206.00364, algorithm 1): 2 · steps − 1 evaluations.
+
+        Every second row corrects: it reads the Euler iterate as sample, and the x0 that led there as previous_x0.
+
+        Args:
+            alphas_cumprod, steps, prediction, spacing, offset, karras: as for `euler`.
+
+        Raises:
+            ValueError: as for `ddpm`.
+        """
+        levels = exploding.levels(alphas_cumprod, steps, spacing, offset, karras, "zero")
+        return cls._of(exploding.heun(levels, prediction), initial_sigma=levels.initial_sigma)
+
+    @classmethod
+    def edm(
+        cls,
+        sigmas: Tensor,
+        *,
+        sigma_data: float = 0.5,
+        churn: float = 0.0,
+        churn_min: float = 0.0,
+        churn_max: float = float("inf"),
+        churn_noise: float = 1.0,
+    ) -> StepTable:
+        """The stochastic sampler of EDM (arXiv 2206.00364, algorithm 2) for a model with its preconditioning.
+
+        The noise that a step's churn adds is part of the noise of the row before, and of the first sample.
+
+        Args:
+            sigmas: (steps,) noise levels, falling; the last step ends at 0. See `karras_sigmas`.
+            sigma_data: the standard deviation of the data, in the preconditioning.
+            churn, churn_min, churn_max, churn_noise: S_churn, S_tmin, S_tmax, S_noise.
+
+        Returns:
+            2 · steps − 1 rows. The timesteps are ¼ ln σ, c_noise of the paper; the output is the raw network's.
+
+        Raises:
+            ValueError: sigmas are not positive and falling.
+        """
+        rows, initial_sigma = exploding.edm(sigmas, sigma_data, churn, churn_min, churn_max, churn_noise)
+        return cls._of(rows, initial_sigma=initial_sigma)
+
+    @classmethod
+    def _of(cls, rows: Sequence[Row], learned_variance: bool = False, initial_sigma: float = 1.0) -> StepTable:
+        stacked = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
+        timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in (row["timestep"] for row in rows))
+        return cls(stacked.reshape(-1, len(COLUMNS)), timesteps, learned_variance, float(initial_sigma))

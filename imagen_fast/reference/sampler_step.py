@@ -22,7 +22,9 @@ def sampler_step(
     unconditional_output: Tensor | None = None,
     guidance: float | Guidance = 1.0,
     threshold: str | DynamicThreshold | None = None,
+    previous_x0: Tensor | None = None,
     noise: Tensor | None = None,
+    return_x0: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next sample and the x0 it was made from.
 
@@ -46,10 +48,16 @@ def sampler_step(
     if unconditional_output is not None:
         prediction = _guided(prediction, unconditional_output[:, :channels], guidance)
     x0 = row["x0_from_sample"] * sample + row["x0_from_output"] * prediction
+    if row["x0_from_noise"] and noise is not None:
+        x0 = x0 + row["x0_from_noise"] * noise
     x0 = _thresholded(x0, threshold)
     following = row["next_from_sample"] * sample + row["next_from_x0"] * x0
     if row["next_from_output"]:
         following = following + row["next_from_output"] * prediction
+    if row["next_from_previous_x0"]:
+        if previous_x0 is None:
+            raise ValueError(f"previous_x0 is needed: row {index} of this solver reads it")
+        following = following + row["next_from_previous_x0"] * previous_x0
     if row["noise_scale"]:
         if noise is None:
             raise ValueError(f"noise is needed: row {index} of this solver adds noise")

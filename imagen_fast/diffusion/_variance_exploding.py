@@ -1,0 +1,168 @@
+"""Rows of the solvers whose sample is x0 + σ ε: Euler, Heun, EDM."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .coefficients import Row, empty_row
+from .schedules import check_alphas_cumprod, karras_sigmas
+
+
+class Levels(NamedTuple):
+    """The visited timesteps, which may lie between those of training; σ at each and, one more, where the last ends."""
+
+    timesteps: Sequence[float]
+    sigmas: Sequence[float]
+    initial_sigma: float
+
+
+def levels(
+    alphas_cumprod: Tensor, steps: int | Sequence[float], spacing: str, offset: int, karras: bool, final_sigma: str
+) -> Levels:
+    """The levels that diffusers' solvers in σ visit."""
+    if final_sigma not in ("zero", "sigma_min"):
+        raise ValueError(f"final_sigma must be 'zero' or 'sigma_min', got {final_sigma!r}")
+    check_alphas_cumprod(alphas_cumprod)
+    values = alphas_cumprod.double().numpy()
+    every = np.sqrt((1 - values) / values)
+    timesteps = _timesteps(len(every), steps, spacing, offset)
+    sigmas = np.interp(timesteps, np.arange(len(every)), every)
+    if karras:
+        sigmas = karras_sigmas(len(sigmas), float(sigmas[-1]), float(sigmas[0])).numpy()
+        timesteps = np.interp(np.log(sigmas), np.log(every), np.arange(len(every)))
+    largest = float(sigmas.max())
+    initial = largest if spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5
+    end = 0.0 if final_sigma == "zero" else float(every[0])
+    return Levels(timesteps.tolist(), [*sigmas.tolist(), end], initial)
+
+
+def _timesteps(n: int, steps: int | Sequence[float], spacing: str, offset: int) -> np.ndarray:
+    if not isinstance(steps, int):
+        given = np.asarray(steps, dtype=np.float64)
+        if given.ndim != 1 or not len(given) or given[0] > n - 1 or given[-1] < 0 or (np.diff(given) >= 0).any():
+            raise ValueError(f"steps must fall strictly and lie in [0, {n - 1}], got {list(steps)}")
+        return given
+    if not 1 <= steps <= n:
+        raise ValueError(f"steps must be between 1 and {n}, got {steps}")
+    if spacing == "linspace":
+        return np.linspace(0, n - 1, steps)[::-1].copy()
+    if spacing == "leading":
+        return np.arange(steps)[::-1] * float(n // steps) + offset
+    if spacing == "trailing":
+        return (n - np.arange(steps) * (n / steps)).round() - 1
+    raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
+
+
+def _x0_coefficients(prediction: str, sigma: float) -> tuple[float, float]:
+    if prediction == "epsilon":
+        return 1.0, -sigma
+    if prediction == "v":
+        return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
+    if prediction == "x0":
+        return 0.0, 1.0
+    raise ValueError(f"prediction must be 'epsilon', 'v' or 'x0', got {prediction!r}")
+
+
+def _gamma(churn: float, evaluations: int, sigma: float, low: float, high: float) -> float:
+    return min(churn / evaluations, 2**0.5 - 1) if low <= sigma <= high else 0.0
+
+
+def euler(visited: Levels, prediction: str, churn: float, low: float, high: float, noise: float) -> list[Row]:
+    """See `StepTable.euler`. With k ε the noise of churn, x̂ = x + k ε and r = (σ_next − σ̂) / σ̂:
+
+    next = x̂ + r (x̂ − x0)
+    """
+    rows = []
+    for i, timestep in enumerate(visited.timesteps):
+        sigma, sigma_next = visited.sigmas[i], visited.sigmas[i + 1]
+        churned = sigma * (1 + _gamma(churn, len(visited.timesteps), sigma, low, high))
+        added = noise * max(churned**2 - sigma**2, 0.0) ** 0.5
+        # diffusers takes x0 from ε at the churned level, and from v at the one before.
+        from_sample, from_output = _x0_coefficients(prediction, churned if prediction == "epsilon" else sigma)
+        ratio = (sigma_next - churned) / churned
+        row = empty_row(timestep, (sigma**2 + 1) ** -0.5)
+        row["x0_from_sample"], row["x0_from_output"], row["x0_from_noise"] = (
+            from_sample,
+            from_output,
+            from_sample * added,
+        )
+        row["next_from_sample"], row["next_from_x0"], row["noise_scale"] = 1 + ratio, -ratio, (1 + ratio) * added
+        rows.append(row)
+    return rows
+
+
+def heun(visited: Levels, prediction: str) -> list[Row]:
+    """See `StepTable.heun`."""
+    rows = []
+    for i, timestep in enumerate(visited.timesteps):
+        sigma, sigma_next = visited.sigmas[i], visited.sigmas[i + 1]
+        row = empty_row(timestep, (sigma**2 + 1) ** -0.5)
+        row["x0_from_sample"], row["x0_from_output"] = _x0_coefficients(prediction, sigma)
+        row.update(_euler_step(sigma, sigma_next))
+        rows.append(row)
+        if sigma_next > 0:
+            row = empty_row(visited.timesteps[i + 1], (sigma_next**2 + 1) ** -0.5)
+            row["x0_from_sample"], row["x0_from_output"] = _x0_coefficients(prediction, sigma_next)
+            row.update(_correction(sigma, sigma_next))
+            rows.append(row)
+    return rows
+
+
+def _euler_step(sigma: float, sigma_next: float) -> Row:
+    ratio = (sigma_next - sigma) / sigma
+    return {"next_from_sample": 1 + ratio, "next_from_x0": -ratio}
+
+
+def _correction(sigma: float, sigma_next: float) -> Row:
+    """The step from the mean of both slopes, of the Euler iterate y = x + r (x − x0') with r = (σ_next − σ) / σ:
+
+    x = (y + r x0') / (1 + r),    next = x + ½ r (x − x0') + ½ (σ_next − σ) (y − x0) / σ_next
+    """
+    ratio = (sigma_next - sigma) / sigma
+    half = 0.5 * (sigma_next - sigma) / sigma_next
+    whole = (1 + 0.5 * ratio) / (1 + ratio)
+    return {
+        "next_from_sample": whole + half,
+        "next_from_x0": -half,
+        "next_from_previous_x0": whole * ratio - 0.5 * ratio,
+    }
+
+
+def edm(
+    sigmas: Tensor, sigma_data: float, churn: float, low: float, high: float, noise: float
+) -> tuple[list[Row], float]:
+    """See `StepTable.edm`; the rows and the standard deviation of the first sample."""
+    levels = [float(sigma) for sigma in sigmas.tolist()] if sigmas.dim() == 1 else []
+    if not levels or levels[-1] <= 0 or any(a <= b for a, b in itertools.pairwise(levels)):
+        raise ValueError(f"sigmas must be positive and fall strictly, got {sigmas.tolist()}")
+    if sigma_data <= 0:
+        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    churned = [sigma * (1 + _gamma(churn, len(levels), sigma, low, high)) for sigma in levels]
+    added = [noise * max(b**2 - a**2, 0.0) ** 0.5 for a, b in zip(levels, churned, strict=True)]
+    rows = []
+    for i, sigma in enumerate(churned):
+        sigma_next = levels[i + 1] if i + 1 < len(levels) else 0.0
+        row = _preconditioned(sigma, sigma_data)
+        row.update(_euler_step(sigma, sigma_next))
+        rows.append(row)
+        if sigma_next > 0:
+            row = _preconditioned(sigma_next, sigma_data)
+            row.update(_correction(sigma, sigma_next))
+            row["noise_scale"] = added[i + 1]
+            rows.append(row)
+    return rows, math.hypot(levels[0], added[0])
+
+
+def _preconditioned(sigma: float, sigma_data: float) -> Row:
+    """x0 = c_skip x + c_out F(c_in x, c_noise)"""
+    total = sigma**2 + sigma_data**2
+    row = empty_row(0.25 * math.log(sigma), total**-0.5)
+    row["x0_from_sample"] = sigma_data**2 / total
+    row["x0_from_output"] = sigma * sigma_data * total**-0.5
+    return row

@@ -1,0 +1,167 @@
+"""Rows of the solvers whose sample is √ᾱ x0 + √(1 − ᾱ) ε: DDPM, DDIM, DPM-Solver++."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .coefficients import Row, empty_row, log, x0_coefficients
+from .schedules import check_alphas_cumprod, karras_sigmas, spaced_timesteps
+
+_SMALLEST_VARIANCE = 1e-20  # diffusers clamps here before taking the logarithm
+_FEW_STEPS = 15  # below which diffusers' multistep solvers end in order 1
+
+
+class Levels(NamedTuple):
+    """The visited timesteps, ᾱ at each, and ᾱ where each step ends."""
+
+    timesteps: Sequence[int]
+    alphas: Sequence[float]
+    alphas_next: Sequence[float]
+
+
+def visited(
+    alphas_cumprod: Tensor,
+    steps: int | Sequence[int],
+    spacing: str,
+    offset: int,
+    final: float,
+    stride: int | None = None,
+) -> Levels:
+    """The levels of a solver; a step goes `stride` timesteps down, or to the next visited one."""
+    check_alphas_cumprod(alphas_cumprod)
+    timesteps = spaced_timesteps(len(alphas_cumprod), steps, spacing, offset)
+    values = alphas_cumprod.double().tolist()
+    ends = [*timesteps[1:], -1] if stride is None else [t - stride for t in timesteps]
+    return Levels(timesteps, [values[t] for t in timesteps], [values[t] if t >= 0 else float(final) for t in ends])
+
+
+def ddpm(levels: Levels, prediction: str, variance: str) -> list[Row]:
+    """See `StepTable.ddpm`."""
+    if variance not in ("fixed_small", "fixed_large", "learned_range"):
+        raise ValueError(f"variance must be 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
+    rows = []
+    for timestep, alpha, alpha_next in zip(*levels, strict=True):
+        step_alpha = alpha / alpha_next
+        step_beta = 1 - step_alpha
+        small = max((1 - alpha_next) / (1 - alpha) * step_beta, _SMALLEST_VARIANCE)
+        large = max(step_beta, _SMALLEST_VARIANCE)
+        row = empty_row(timestep)
+        row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha**0.5, (1 - alpha) ** 0.5)
+        row["next_from_sample"] = step_alpha**0.5 * (1 - alpha_next) / (1 - alpha)
+        row["next_from_x0"] = alpha_next**0.5 * step_beta / (1 - alpha)
+        row["min_log_variance"], row["max_log_variance"] = log(small), log(large)
+        if timestep > 0:
+            row["noise_scale"] = {"fixed_small": small, "fixed_large": large, "learned_range": 1.0}[variance] ** 0.5
+        rows.append(row)
+    return rows
+
+
+def ddim(levels: Levels, prediction: str, eta: float, clipped_epsilon: bool) -> list[Row]:
+    """See `StepTable.ddim`."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be between 0 and 1, got {eta}")
+    rows = []
+    for timestep, alpha, alpha_next in zip(*levels, strict=True):
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
+        direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
+        # ε = (x − √ᾱ x0) / √(1 − ᾱ), with x0 as predicted or as thresholded.
+        from_sample, from_x0 = 1 / (1 - alpha) ** 0.5, -((alpha / (1 - alpha)) ** 0.5)
+        row = empty_row(timestep)
+        row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha**0.5, (1 - alpha) ** 0.5)
+        row["next_from_x0"], row["noise_scale"] = alpha_next**0.5, sigma
+        if clipped_epsilon:
+            row["next_from_sample"] = direction * from_sample
+            row["next_from_x0"] += direction * from_x0
+        else:
+            row["next_from_sample"] = direction * (from_sample + from_x0 * row["x0_from_sample"])
+            row["next_from_output"] = direction * from_x0 * row["x0_from_output"]
+        rows.append(row)
+    return rows
+
+
+def dpm_solver_pp(
+    alphas_cumprod: Tensor,
+    steps: int | Sequence[int],
+    prediction: str,
+    *,
+    order: int,
+    sde: bool,
+    spacing: str,
+    offset: int,
+    solver_type: str,
+    karras: bool,
+    lower_order_final: bool,
+    final_sigma: str,
+) -> list[Row]:
+    """See `StepTable.dpm_solver_pp`. With λ = ln(α / σ), h = λ_next − λ and D1 = (x0 − x0') h / (λ − λ'):
+
+    next = σ_next / σ x − α_next (e^−h − 1) (x0 + ½ D1)                                  midpoint
+    next = σ_next / σ e^−h x + α_next (1 − e^−2h) (x0 + ½ D1) + σ_next √(1 − e^−2h) ε    stochastic
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order}")
+    if solver_type not in ("midpoint", "heun"):
+        raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
+    if final_sigma not in ("zero", "sigma_min"):
+        raise ValueError(f"final_sigma must be 'zero' or 'sigma_min', got {final_sigma!r}")
+    check_alphas_cumprod(alphas_cumprod)
+    timesteps = multistep_timesteps(len(alphas_cumprod), steps, spacing, offset)
+    values = alphas_cumprod.double().numpy()
+    every = np.sqrt((1 - values) / values)
+    sigmas = np.interp(timesteps, np.arange(len(every)), every)
+    if karras:
+        sigmas = karras_sigmas(len(sigmas), float(every[0]), float(every[-1])).numpy()
+        timesteps = [round(t) for t in np.interp(np.log(sigmas), np.log(every), np.arange(len(every)))]
+    ends = [*sigmas[1:].tolist(), 0.0 if final_sigma == "zero" else float(every[0])]
+
+    rows: list[Row] = []
+    previous_log_snr = None
+    for i, (timestep, ratio, ratio_next) in enumerate(zip(timesteps, sigmas.tolist(), ends, strict=True)):
+        alpha, alpha_next = (ratio**2 + 1) ** -0.5, (ratio_next**2 + 1) ** -0.5
+        sigma, sigma_next = ratio * alpha, ratio_next * alpha_next
+        log_snr, log_snr_next = -log(ratio), -log(ratio_next)
+        h = log_snr_next - log_snr
+        row = empty_row(timestep)
+        row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha, sigma)
+        decay = math.exp(-2 * h) if sde else math.exp(-h)
+        from_x0 = alpha_next * (1 - decay)
+        row["next_from_sample"] = sigma_next / sigma * (math.exp(-h) if sde else 1.0)
+        row["next_from_x0"] = from_x0
+        if sde:
+            row["noise_scale"] = sigma_next * (1 - decay) ** 0.5
+        last = i == len(timesteps) - 1
+        ends_low = last and ((lower_order_final and len(timesteps) < _FEW_STEPS) or final_sigma == "zero")
+        if order == 2 and previous_log_snr is not None and not ends_low:
+            if solver_type == "midpoint":
+                correction = 0.5 * from_x0
+            else:
+                correction = alpha_next * ((1 - decay) / (-2 * h if sde else -h) + 1)
+            correction *= h / (log_snr - previous_log_snr)
+            row["next_from_x0"] += correction
+            row["next_from_previous_x0"] = -correction
+        previous_log_snr = log_snr
+        rows.append(row)
+    return rows
+
+
+def multistep_timesteps(n: int, steps: int | Sequence[int], spacing: str, offset: int) -> list[int]:
+    """Those of diffusers' multistep solvers, which leave timestep 0 to the last step's end."""
+    if not isinstance(steps, int):
+        return spaced_timesteps(n, steps)
+    if not 1 <= steps < n:
+        raise ValueError(f"steps must be between 1 and {n - 1}, got {steps}")
+    if spacing == "linspace":
+        return [int(t) for t in np.linspace(0, n - 1, steps + 1).round()[::-1][:-1]]
+    if spacing == "leading":
+        timesteps = [i * (n // (steps + 1)) + offset for i in range(steps, 0, -1)]
+        if offset < 0 or timesteps[0] >= n:
+            raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
+        return timesteps
+    if spacing == "trailing":
+        return spaced_timesteps(n, steps, spacing)
+    raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
