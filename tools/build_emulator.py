@@ -2,7 +2,7 @@
 
     python tools/build_emulator.py                   to run tests on
     python tools/build_emulator.py --flavour races   that report data races
-    python tools/build_emulator.py --flavour address   that report accesses out of bounds (needs libasan preloaded)
+    python tools/build_emulator.py --flavour address   that report accesses out of bounds (see `environment`)
 
 The library implements the CUDA operators for tensors of the CPU:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,23 @@ def build(flavour: str = "plain", sources: list[Path] | None = None, name: str =
     objects |= {f"{source.parent.name}.{source.stem}.o": (source, kernel_flags) for source in sources}
     library = native.Library(f"lib{name}.so", compiler, compiler, objects, linker)
     return library.build(ROOT / "build" / "emulator" / name / flavour)
+
+
+def environment(flavour: str) -> dict[str, str]:
+    """What a process needs in its environment to load a library of this flavour."""
+    if flavour != "address":
+        return {}
+    compiler = setup_module().find_compiler()
+
+    def runtime(name: str) -> str:
+        command = [*compiler, f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    # Before all others, and the C++ runtime with it: AddressSanitizer looks for its `throw` at once.
+    return {
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
 
 
 def main() -> None:

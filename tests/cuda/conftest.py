@@ -49,7 +49,8 @@ def emulator() -> Iterator[Callable[..., None]]:
         for name, value in options.items():
             _cuda.set_emulator_option(name, value)
 
-    set_options(capability=90)  # loads nothing: the backend has
+    reason = _cuda.unavailable_reason()  # loads the library
+    assert reason is None, reason
     yield set_options
     set_options(order="forward", seed=0, capability=90)
 

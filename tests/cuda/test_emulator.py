@@ -49,11 +49,8 @@ def run(name: str, flavour: str = "plain", order: str = "forward", **options: in
         "print(library.run_case(sys.argv[2].encode(), sys.argv[3].encode()).decode())"
     )
     command = [sys.executable, "-S", "-c", code, str(built(flavour)), *(a.decode() for a in arguments)]
-    preloaded = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    sanitizer = {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    done = subprocess.run(command, env=os.environ | sanitizer, capture_output=True, text=True)
+    variables = os.environ | build_emulator.environment(flavour)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     return (done.stdout + done.stderr).strip()
 
 

@@ -16,25 +16,12 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+sys.path.insert(0, str(ROOT / "tools"))
+import build_emulator  # noqa: E402
+
 TESTS = ROOT / "tests"
 OPS = sorted({source.parent.name for source in ROOT.glob("csrc/*/cuda*.cu")} - {"common"})
-
-
-def library(flavour: str) -> str:
-    command = [sys.executable, ROOT / "tools" / "build_emulator.py", "--flavour", flavour]
-    build = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert build.returncode == 0, build.stderr
-    return build.stdout.split()[-1]
-
-
-def environment(flavour: str) -> dict[str, str]:
-    chosen = {"IMAGEN_FAST_CUDA_EMULATOR": library(flavour), "OMP_NUM_THREADS": "1"}
-    if flavour == "address":
-        compiler = os.environ.get("CXX", "g++")
-        command = [compiler, "-print-file-name=libasan.so"]
-        chosen["LD_PRELOAD"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        chosen["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-    return os.environ | chosen
 
 
 def failures(report: Path) -> str:
@@ -54,12 +41,14 @@ def test_cuda_kernels(flavour: str, tmp_path: Path) -> None:
     files = [str(TESTS / "cuda")]
     if flavour == "plain":
         files += [str(file) for op in OPS for file in sorted((TESTS / "ops").glob(f"test_{op}*.py"))]
-    options = ["-q", "-p", "no:cacheprovider", "--durations=5", f"--junit-xml={report}"]
+    # Of what goes to the file descriptors, such as AddressSanitizer's reports, pytest keeps its hands.
+    options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "--durations=5", f"--junit-xml={report}"]
     options += ["-m", "instrumented"] if flavour != "plain" else []
+    variables = {"IMAGEN_FAST_CUDA_EMULATOR": str(build_emulator.build(flavour)), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=ROOT,
-        env=environment(flavour),
+        env=os.environ | variables | build_emulator.environment(flavour),
         capture_output=True,
         text=True,
     )
