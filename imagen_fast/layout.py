@@ -47,3 +47,18 @@ def dense_like(y: Tensor, x: Tensor) -> Tensor:
     if x.is_contiguous():
         return y.contiguous()
     return channels_last(y)
+
+
+def has_one_position_stride(x: Tensor) -> bool:
+    """Whether the positions of x (B, C, positions...) lie at one distance from each other; batch and channels may lie
+    anywhere. So do both dense layouts, halves of a batch or of the channels, and what is expanded over them."""
+    if x.is_contiguous():
+        return True
+    shape, strides = x.shape, x.stride()
+    expected = None
+    for i in range(len(shape) - 1, 1, -1):
+        if shape[i] != 1:
+            if strides[i] == 0 or (expected is not None and strides[i] != expected):
+                return False
+            expected = strides[i] * shape[i]
+    return True

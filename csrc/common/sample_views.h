@@ -12,6 +12,7 @@ inline int64_t position_stride(const Tensor& x) {
   int64_t expected = 0;
   for (int64_t i = x.dim() - 1; i >= 2; --i) {
     if (x.size(i) == 1) continue;
+    if (x.stride(i) == 0) return -1;
     if (stride == 0) {
       stride = expected = x.stride(i);
     } else if (x.stride(i) != expected) {

@@ -58,6 +58,9 @@ class StepTable:
                 f"rows must be float64 of shape {(len(self.timesteps), len(COLUMNS))}, "
                 f"got {self.rows.dtype} {tuple(self.rows.shape)}"
             )
+        # As Python numbers, so that choosing a row reads no tensor, and traces as a constant
+        values = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows.tolist()]
+        object.__setattr__(self, "_values", values)
         used = self.rows.ne(0).any(0).tolist()
         object.__setattr__(self, "_used", dict(zip(COLUMNS, used, strict=True)))
         reads = self.rows[:, COLUMNS.index("next_from_previous_x0")].ne(0).tolist()
@@ -73,7 +76,7 @@ class StepTable:
         """Row `index` by column name. Raises IndexError outside [0, len)."""
         if not 0 <= index < len(self):
             raise IndexError(f"index must be between 0 and {len(self) - 1}, got {index}")
-        return dict(zip(COLUMNS, self.rows[index].tolist(), strict=True))
+        return self._values[index].copy()  # type: ignore[attr-defined]
 
     def uses(self, column: str) -> bool:
         """Whether any row has a coefficient other than zero in this column."""

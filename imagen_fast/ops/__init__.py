@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # static type checkers find nothing by running code: without 
     from .attention import attention as attention
     from .channel_rms_norm_act import channel_rms_norm_act as channel_rms_norm_act
     from .group_norm_act import group_norm_act as group_norm_act
+    from .sampler_step import sampler_step as sampler_step
 
 __all__ = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 

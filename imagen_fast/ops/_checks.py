@@ -62,3 +62,9 @@ def probability(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+
+def number(name: str, value: float) -> float:
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
