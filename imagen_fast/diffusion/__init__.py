@@ -1,6 +1,7 @@
 """Noise schedules, guidance and thresholding, and the solvers as tables of coefficients."""
 
 from ..reference.guidance import DynamicThreshold, Guidance
+from .if_timesteps import IF_TIMESTEPS
 from .sampling import Noise, sample_loop
 from .schedules import (
     cosine,
@@ -14,6 +15,7 @@ from .schedules import (
 from .step_table import StepTable
 
 __all__ = [
+    "IF_TIMESTEPS",
     "DynamicThreshold",
     "Guidance",
     "Noise",

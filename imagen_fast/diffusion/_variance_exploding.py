@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .coefficients import Row, empty_row
-from .schedules import check_alphas_cumprod, karras_sigmas
+from .schedules import karras_sigmas, relative_sigmas, spaced_timesteps, trailing_timesteps
 
 
 class Levels(NamedTuple):
@@ -23,14 +23,17 @@ class Levels(NamedTuple):
 
 
 def levels(
-    alphas_cumprod: Tensor, steps: int | Sequence[float], spacing: str, offset: int, karras: bool, final_sigma: str
+    alphas_cumprod: Tensor,
+    steps: int | str | Sequence[float],
+    spacing: str,
+    offset: int,
+    karras: bool,
+    final_sigma: str,
 ) -> Levels:
     """The levels that diffusers' solvers in σ visit."""
     if final_sigma not in ("zero", "sigma_min"):
         raise ValueError(f"final_sigma must be 'zero' or 'sigma_min', got {final_sigma!r}")
-    check_alphas_cumprod(alphas_cumprod)
-    values = alphas_cumprod.double().numpy()
-    every = np.sqrt((1 - values) / values)
+    every = relative_sigmas(alphas_cumprod)
     timesteps = _timesteps(len(every), steps, spacing, offset)
     sigmas = np.interp(timesteps, np.arange(len(every)), every)
     if karras:
@@ -42,12 +45,15 @@ def levels(
     return Levels(timesteps.tolist(), [*sigmas.tolist(), end], initial)
 
 
-def _timesteps(n: int, steps: int | Sequence[float], spacing: str, offset: int) -> np.ndarray:
-    if not isinstance(steps, int):
+def _timesteps(n: int, steps: int | str | Sequence[float], spacing: str, offset: int) -> np.ndarray:
+    if isinstance(steps, str):
+        return np.asarray(spaced_timesteps(n, steps), dtype=np.float64)
+    if not isinstance(steps, int | np.integer):
         given = np.asarray(steps, dtype=np.float64)
         if given.ndim != 1 or not len(given) or given[0] > n - 1 or given[-1] < 0 or (np.diff(given) >= 0).any():
             raise ValueError(f"steps must fall strictly and lie in [0, {n - 1}], got {list(steps)}")
         return given
+    steps = int(steps)
     if not 1 <= steps <= n:
         raise ValueError(f"steps must be between 1 and {n}, got {steps}")
     if spacing == "linspace":
@@ -55,7 +61,7 @@ def _timesteps(n: int, steps: int | Sequence[float], spacing: str, offset: int) 
     if spacing == "leading":
         return np.arange(steps)[::-1] * float(n // steps) + offset
     if spacing == "trailing":
-        return (n - np.arange(steps) * (n / steps)).round() - 1
+        return trailing_timesteps(n, steps)
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
 
 
@@ -86,7 +92,7 @@ def euler(visited: Levels, prediction: str, churn: float, low: float, high: floa
         # diffusers takes x0 from ε at the churned level, and from v at the one before.
         from_sample, from_output = _x0_coefficients(prediction, churned if prediction == "epsilon" else sigma)
         ratio = (sigma_next - churned) / churned
-        row = empty_row(timestep, (sigma**2 + 1) ** -0.5)
+        row = empty_row(timestep, sigma, (sigma**2 + 1) ** -0.5)
         row["x0_from_sample"], row["x0_from_output"], row["x0_from_noise"] = (
             from_sample,
             from_output,
@@ -102,12 +108,12 @@ def heun(visited: Levels, prediction: str) -> list[Row]:
     rows = []
     for i, timestep in enumerate(visited.timesteps):
         sigma, sigma_next = visited.sigmas[i], visited.sigmas[i + 1]
-        row = empty_row(timestep, (sigma**2 + 1) ** -0.5)
+        row = empty_row(timestep, sigma, (sigma**2 + 1) ** -0.5)
         row["x0_from_sample"], row["x0_from_output"] = _x0_coefficients(prediction, sigma)
         row.update(_euler_step(sigma, sigma_next))
         rows.append(row)
         if sigma_next > 0:
-            row = empty_row(visited.timesteps[i + 1], (sigma_next**2 + 1) ** -0.5)
+            row = empty_row(visited.timesteps[i + 1], sigma_next, (sigma_next**2 + 1) ** -0.5)
             row["x0_from_sample"], row["x0_from_output"] = _x0_coefficients(prediction, sigma_next)
             row.update(_correction(sigma, sigma_next))
             rows.append(row)
@@ -120,18 +126,13 @@ def _euler_step(sigma: float, sigma_next: float) -> Row:
 
 
 def _correction(sigma: float, sigma_next: float) -> Row:
-    """The step from the mean of both slopes, of the Euler iterate y = x + r (x − x0') with r = (σ_next − σ) / σ:
+    """From the Euler iterate y, which went down the slope (x − x0') / σ, to where the mean of it and the slope there,
+    (y − x0) / σ_next, leads. x, x0' and y lie on a line, so the first slope is (y − x0') / σ_next too, and
 
-    x = (y + r x0') / (1 + r),    next = x + ½ r (x − x0') + ½ (σ_next − σ) (y − x0) / σ_next
+        next = y + ½ (σ_next − σ) / σ_next (x0' − x0)
     """
-    ratio = (sigma_next - sigma) / sigma
     half = 0.5 * (sigma_next - sigma) / sigma_next
-    whole = (1 + 0.5 * ratio) / (1 + ratio)
-    return {
-        "next_from_sample": whole + half,
-        "next_from_x0": -half,
-        "next_from_previous_x0": whole * ratio - 0.5 * ratio,
-    }
+    return {"next_from_sample": 1.0, "next_from_x0": -half, "next_from_previous_x0": half}
 
 
 def edm(
@@ -162,7 +163,7 @@ def edm(
 def _preconditioned(sigma: float, sigma_data: float) -> Row:
     """x0 = c_skip x + c_out F(c_in x, c_noise)"""
     total = sigma**2 + sigma_data**2
-    row = empty_row(0.25 * math.log(sigma), total**-0.5)
+    row = empty_row(0.25 * math.log(sigma), sigma, total**-0.5)
     row["x0_from_sample"] = sigma_data**2 / total
     row["x0_from_output"] = sigma * sigma_data * total**-0.5
     return row

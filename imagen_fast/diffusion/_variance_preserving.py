@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .coefficients import Row, empty_row, log, x0_coefficients
-from .schedules import check_alphas_cumprod, karras_sigmas, spaced_timesteps
+from .coefficients import Row, empty_row, epsilon_coefficients, log, x0_coefficients
+from .schedules import check_alphas_cumprod, karras_sigmas, relative_sigmas, spaced_timesteps
 
 _SMALLEST_VARIANCE = 1e-20  # diffusers clamps here before taking the logarithm
 _FEW_STEPS = 15  # below which diffusers' multistep solvers end in order 1
@@ -23,20 +23,31 @@ class Levels(NamedTuple):
     alphas: Sequence[float]
     alphas_next: Sequence[float]
 
+    def rows(self, prediction: str) -> list[Row]:
+        """A row for each, of which only x0 has coefficients."""
+        rows = []
+        for timestep, alpha in zip(self.timesteps, self.alphas, strict=True):
+            row = empty_row(timestep, math.sqrt((1 - alpha) / alpha) if alpha else math.inf)
+            row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha**0.5, (1 - alpha) ** 0.5)
+            rows.append(row)
+        return rows
+
 
 def visited(
     alphas_cumprod: Tensor,
-    steps: int | Sequence[int],
+    steps: int | str | Sequence[int],
     spacing: str,
     offset: int,
     final: float,
-    stride: int | None = None,
+    strided: bool = False,
 ) -> Levels:
-    """The levels of a solver; a step goes `stride` timesteps down, or to the next visited one."""
+    """The levels of a solver. A step goes to the next visited timestep or, strided, n // steps timesteps down."""
     check_alphas_cumprod(alphas_cumprod)
     timesteps = spaced_timesteps(len(alphas_cumprod), steps, spacing, offset)
     values = alphas_cumprod.double().tolist()
-    ends = [*timesteps[1:], -1] if stride is None else [t - stride for t in timesteps]
+    ends = [*timesteps[1:], -1]
+    if strided and isinstance(steps, int | np.integer):
+        ends = [t - len(values) // int(steps) for t in timesteps]
     return Levels(timesteps, [values[t] for t in timesteps], [values[t] if t >= 0 else float(final) for t in ends])
 
 
@@ -44,20 +55,17 @@ def ddpm(levels: Levels, prediction: str, variance: str) -> list[Row]:
     """See `StepTable.ddpm`."""
     if variance not in ("fixed_small", "fixed_large", "learned_range"):
         raise ValueError(f"variance must be 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
-    rows = []
-    for timestep, alpha, alpha_next in zip(*levels, strict=True):
+    rows = levels.rows(prediction)
+    for row, timestep, alpha, alpha_next in zip(rows, *levels, strict=True):
         step_alpha = alpha / alpha_next
         step_beta = 1 - step_alpha
         small = max((1 - alpha_next) / (1 - alpha) * step_beta, _SMALLEST_VARIANCE)
         large = max(step_beta, _SMALLEST_VARIANCE)
-        row = empty_row(timestep)
-        row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha**0.5, (1 - alpha) ** 0.5)
         row["next_from_sample"] = step_alpha**0.5 * (1 - alpha_next) / (1 - alpha)
         row["next_from_x0"] = alpha_next**0.5 * step_beta / (1 - alpha)
         row["min_log_variance"], row["max_log_variance"] = log(small), log(large)
         if timestep > 0:
             row["noise_scale"] = {"fixed_small": small, "fixed_large": large, "learned_range": 1.0}[variance] ** 0.5
-        rows.append(row)
     return rows
 
 
@@ -65,28 +73,24 @@ def ddim(levels: Levels, prediction: str, eta: float, clipped_epsilon: bool) -> 
     """See `StepTable.ddim`."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
-    rows = []
-    for timestep, alpha, alpha_next in zip(*levels, strict=True):
+    rows = levels.rows(prediction)
+    for row, alpha, alpha_next in zip(rows, levels.alphas, levels.alphas_next, strict=True):
         sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
         direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
-        # ε = (x − √ᾱ x0) / √(1 − ᾱ), with x0 as predicted or as thresholded.
-        from_sample, from_x0 = 1 / (1 - alpha) ** 0.5, -((alpha / (1 - alpha)) ** 0.5)
-        row = empty_row(timestep)
-        row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha**0.5, (1 - alpha) ** 0.5)
         row["next_from_x0"], row["noise_scale"] = alpha_next**0.5, sigma
-        if clipped_epsilon:
+        if clipped_epsilon:  # of the thresholded x0, as if that were the output
+            from_sample, from_x0 = epsilon_coefficients("x0", alpha**0.5, (1 - alpha) ** 0.5)
             row["next_from_sample"] = direction * from_sample
             row["next_from_x0"] += direction * from_x0
         else:
-            row["next_from_sample"] = direction * (from_sample + from_x0 * row["x0_from_sample"])
-            row["next_from_output"] = direction * from_x0 * row["x0_from_output"]
-        rows.append(row)
+            from_sample, from_output = epsilon_coefficients(prediction, alpha**0.5, (1 - alpha) ** 0.5)
+            row["next_from_sample"], row["next_from_output"] = direction * from_sample, direction * from_output
     return rows
 
 
 def dpm_solver_pp(
     alphas_cumprod: Tensor,
-    steps: int | Sequence[int],
+    steps: int | str | Sequence[int],
     prediction: str,
     *,
     order: int,
@@ -96,6 +100,7 @@ def dpm_solver_pp(
     solver_type: str,
     karras: bool,
     lower_order_final: bool,
+    euler_at_final: bool,
     final_sigma: str,
 ) -> list[Row]:
     """See `StepTable.dpm_solver_pp`. With λ = ln(α / σ), h = λ_next − λ and D1 = (x0 − x0') h / (λ − λ'):
@@ -109,10 +114,8 @@ def dpm_solver_pp(
         raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
     if final_sigma not in ("zero", "sigma_min"):
         raise ValueError(f"final_sigma must be 'zero' or 'sigma_min', got {final_sigma!r}")
-    check_alphas_cumprod(alphas_cumprod)
-    timesteps = multistep_timesteps(len(alphas_cumprod), steps, spacing, offset)
-    values = alphas_cumprod.double().numpy()
-    every = np.sqrt((1 - values) / values)
+    every = relative_sigmas(alphas_cumprod)
+    timesteps = multistep_timesteps(len(every), steps, spacing, offset)
     sigmas = np.interp(timesteps, np.arange(len(every)), every)
     if karras:
         sigmas = karras_sigmas(len(sigmas), float(every[0]), float(every[-1])).numpy()
@@ -126,7 +129,7 @@ def dpm_solver_pp(
         sigma, sigma_next = ratio * alpha, ratio_next * alpha_next
         log_snr, log_snr_next = -log(ratio), -log(ratio_next)
         h = log_snr_next - log_snr
-        row = empty_row(timestep)
+        row = empty_row(timestep, ratio)
         row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha, sigma)
         decay = math.exp(-2 * h) if sde else math.exp(-h)
         from_x0 = alpha_next * (1 - decay)
@@ -135,7 +138,8 @@ def dpm_solver_pp(
         if sde:
             row["noise_scale"] = sigma_next * (1 - decay) ** 0.5
         last = i == len(timesteps) - 1
-        ends_low = last and ((lower_order_final and len(timesteps) < _FEW_STEPS) or final_sigma == "zero")
+        few = lower_order_final and len(timesteps) < _FEW_STEPS
+        ends_low = last and (few or euler_at_final or final_sigma == "zero")
         if order == 2 and previous_log_snr is not None and not ends_low:
             if solver_type == "midpoint":
                 correction = 0.5 * from_x0
@@ -149,10 +153,11 @@ def dpm_solver_pp(
     return rows
 
 
-def multistep_timesteps(n: int, steps: int | Sequence[int], spacing: str, offset: int) -> list[int]:
+def multistep_timesteps(n: int, steps: int | str | Sequence[int], spacing: str, offset: int) -> list[int]:
     """Those of diffusers' multistep solvers, which leave timestep 0 to the last step's end."""
-    if not isinstance(steps, int):
+    if not isinstance(steps, int | np.integer):
         return spaced_timesteps(n, steps)
+    steps = int(steps)
     if not 1 <= steps < n:
         raise ValueError(f"steps must be between 1 and {n - 1}, got {steps}")
     if spacing == "linspace":

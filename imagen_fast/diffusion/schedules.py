@@ -9,8 +9,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .if_timesteps import IF_TIMESTEPS, TRAINED_TIMESTEPS
 
 
 def squaredcos_cap_v2(n: int, max_beta: float = 0.999) -> Tensor:
@@ -113,33 +116,48 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
     return (high + ramp * (low - high)) ** rho
 
 
+def relative_sigmas(alphas_cumprod: Tensor) -> np.ndarray:
+    """(n,) float64: σ = √((1 − ᾱ) / ᾱ), the noise over the signal."""
+    check_alphas_cumprod(alphas_cumprod)
+    values = alphas_cumprod.detach().double().cpu().numpy()
+    if not values.all():
+        raise ValueError("alphas_cumprod must be above 0: a solver in noise levels has none for pure noise")
+    return np.sqrt((1 - values) / values)
+
+
 def check_alphas_cumprod(alphas_cumprod: Tensor) -> None:
-    """Raise ValueError unless it is a tensor of shape (n,)."""
+    """Raise ValueError unless it is a tensor of shape (n,) with values from 0 to below 1."""
     if not isinstance(alphas_cumprod, Tensor) or alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 1:
         found = tuple(alphas_cumprod.shape) if isinstance(alphas_cumprod, Tensor) else type(alphas_cumprod).__name__
         raise ValueError(f"alphas_cumprod must be (n,), got {found}")
+    if not ((alphas_cumprod >= 0) & (alphas_cumprod < 1)).all():
+        raise ValueError("alphas_cumprod must be at least 0 and below 1 everywhere")
 
 
-def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading", offset: int = 0) -> list[int]:
+def spaced_timesteps(n: int, steps: int | str | Sequence[int], spacing: str = "leading", offset: int = 0) -> list[int]:
     """The timesteps a sampler visits, noisiest first.
 
     Args:
         n: number of training timesteps.
-        steps: how many to visit, or the timesteps themselves (strictly falling).
+        steps: how many to visit; or the timesteps themselves, strictly falling; or the name of one of DeepFloyd IF's
+            lists, such as "fast27" or "super40" (`IF_TIMESTEPS`).
         spacing: "leading" (0, n/steps, 2n/steps, …), "trailing" (…, n − 1) or "linspace" (0 … n − 1), as in diffusers.
         offset: added to every timestep of "leading".
 
     Raises:
-        ValueError: steps outside [1, n], an unknown spacing, or timesteps (with the offset, or as given) that leave
-            [0, n) or do not fall.
+        ValueError: steps outside [1, n], an unknown spacing or name, or timesteps (with the offset, or as given) that
+            leave [0, n) or do not fall.
     """
     _check_positive(n)
-    if not isinstance(steps, int):
+    if isinstance(steps, str):
+        steps = _named_timesteps(n, steps)
+    if not isinstance(steps, int | np.integer):
         timesteps = [int(t) for t in steps]
         falling = all(a > b for a, b in itertools.pairwise(timesteps))
         if not timesteps or not falling or timesteps[0] >= n or timesteps[-1] < 0:
             raise ValueError(f"steps must fall strictly and lie in [0, {n}), got {timesteps}")
         return timesteps
+    steps = int(steps)
     if not 1 <= steps <= n:
         raise ValueError(f"steps must be between 1 and {n}, got {steps}")
     if spacing == "leading":
@@ -147,10 +165,23 @@ def spaced_timesteps(n: int, steps: int | Sequence[int], spacing: str = "leading
             raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
         return [i * (n // steps) + offset for i in reversed(range(steps))]
     if spacing == "trailing":
-        return [round(n - i * n / steps) - 1 for i in range(steps)]
+        return [int(t) for t in trailing_timesteps(n, steps)]
     if spacing == "linspace":
-        return [round(i * (n - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
+        return [int(t) for t in np.linspace(0, n - 1, steps).round()[::-1]]
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
+
+
+def trailing_timesteps(n: int, steps: int) -> np.ndarray:
+    """(steps,) float64: n − 1 and evenly down from it, rounded as diffusers' own arithmetic rounds halves."""
+    return np.arange(n, 0, -(n / steps))[:steps].round() - 1  # a rounded step can leave room for one more
+
+
+def _named_timesteps(n: int, name: str) -> Sequence[int]:
+    if name not in IF_TIMESTEPS:
+        raise ValueError(f"steps must be a number, timesteps, or one of {', '.join(IF_TIMESTEPS)}, got {name!r}")
+    if n != TRAINED_TIMESTEPS:
+        raise ValueError(f"steps {name!r} are {TRAINED_TIMESTEPS} training timesteps' own, the schedule has {n}")
+    return IF_TIMESTEPS[name]
 
 
 def _cumulate(betas: Tensor) -> Tensor:

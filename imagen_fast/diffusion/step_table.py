@@ -8,7 +8,7 @@ With x the sample, o the guided output, x0' the previous evaluation's x0, and ε
 
 where a learned variance multiplies ε in `next` by exp(½ · logvar), logvar interpolated between min_log_variance and
 max_log_variance by the output's variance channels (improved DDPM, arXiv 2102.09672, equation 15). For the loop, a row
-has the timestep that the model is told, and what its input is multiplied by.
+has the timestep that the model is told, what its input is multiplied by, and σ, the noise over the signal there.
 
 The builders reproduce the schedulers of diffusers, step by step; how they come by their coefficients stands in
 `_variance_preserving` (DDPM, DDIM, DPM-Solver++) and `_variance_exploding` (Euler, Heun, EDM).
@@ -103,12 +103,29 @@ class StepTable:
             self._on[key] = make()
         return self._on[key]
 
+    def with_timesteps(self, timesteps: Sequence[float]) -> StepTable:
+        """The same solver for a model that is told other numbers, such as imagen-pytorch's, which reads log-SNR.
+
+        Args:
+            timesteps: what the model is told at every evaluation.
+
+        Example:
+            >>> table = StepTable.ddpm(cosine(250), steps=250, final_alpha_cumprod=cosine_start())
+            >>> table = table.with_timesteps(cosine(250).logit().flip(0).tolist())
+        """
+        told = tuple(float(timestep) for timestep in timesteps)
+        if len(told) != len(self):
+            raise ValueError(f"timesteps must be {len(self)}, one for each evaluation, got {len(told)}")
+        rows = self.rows.clone()
+        rows[:, COLUMNS.index("timestep")] = torch.tensor(told, dtype=torch.float64)
+        return StepTable(rows, told, self.learned_variance, self.initial_sigma)
+
     @classmethod
     def ddpm(
         cls,
         alphas_cumprod: Tensor,
         *,
-        steps: int | Sequence[int],
+        steps: int | str | Sequence[int],
         prediction: Prediction = "epsilon",
         variance: Variance = "fixed_small",
         spacing: str = "leading",
@@ -119,7 +136,8 @@ class StepTable:
 
         Args:
             alphas_cumprod: (n,), from a schedule.
-            steps: how many of the n timesteps to visit, or the timesteps themselves, noisiest first.
+            steps: how many of the n timesteps to visit; or the timesteps themselves, noisiest first; or the name of one
+                of DeepFloyd IF's lists, such as "fast27".
             prediction: what the model's output is: "epsilon", "v" or "x0".
             variance: "fixed_small" (the posterior's), "fixed_large" (β) or "learned_range" (between the two).
             spacing, offset: see `spaced_timesteps`.
@@ -141,7 +159,7 @@ class StepTable:
         cls,
         alphas_cumprod: Tensor,
         *,
-        steps: int | Sequence[int],
+        steps: int | str | Sequence[int],
         prediction: Prediction = "epsilon",
         eta: float = 0.0,
         spacing: str = "leading",
@@ -161,8 +179,7 @@ class StepTable:
         Raises:
             ValueError: as for `ddpm`, or eta outside [0, 1].
         """
-        stride = len(alphas_cumprod) // steps if isinstance(steps, int) and steps > 0 else None
-        levels = preserving.visited(alphas_cumprod, steps, spacing, offset, final_alpha_cumprod, stride)
+        levels = preserving.visited(alphas_cumprod, steps, spacing, offset, final_alpha_cumprod, strided=True)
         return cls._of(preserving.ddim(levels, prediction, eta, clipped_epsilon))
 
     @classmethod
@@ -170,7 +187,7 @@ class StepTable:
         cls,
         alphas_cumprod: Tensor,
         *,
-        steps: int | Sequence[int],
+        steps: int | str | Sequence[int],
         prediction: Prediction = "epsilon",
         order: int = 2,
         sde: bool = False,
@@ -179,6 +196,7 @@ class StepTable:
         solver_type: str = "midpoint",
         karras: bool = False,
         lower_order_final: bool = True,
+        euler_at_final: bool = False,
         final_sigma: str = "zero",
     ) -> StepTable:
         """DPM-Solver++ (arXiv 2211.01095) of order 1, or 2 as a multistep method ("2M"), and their stochastic forms.
@@ -190,7 +208,7 @@ class StepTable:
             spacing: "linspace", "leading" or "trailing"; of diffusers' multistep solvers, which leave timestep 0 out.
             solver_type: "midpoint" or "heun": how the second order is corrected.
             karras: space the noise levels as Karras et al. do, between those of the first and last timestep.
-            lower_order_final: take the last of less than 15 steps in order 1.
+            lower_order_final: take the last of less than 15 steps in order 1; euler_at_final: that of any number.
             final_sigma: "zero" (a clean picture) or "sigma_min" (timestep 0's noise).
 
         Raises:
@@ -207,6 +225,7 @@ class StepTable:
             solver_type=solver_type,
             karras=karras,
             lower_order_final=lower_order_final,
+            euler_at_final=euler_at_final,
             final_sigma=final_sigma,
         )
         return cls._of(rows)
@@ -216,7 +235,7 @@ class StepTable:
         cls,
         alphas_cumprod: Tensor,
         *,
-        steps: int | Sequence[float],
+        steps: int | str | Sequence[float],
         prediction: Prediction = "epsilon",
         spacing: str = "linspace",
         offset: int = 0,
@@ -252,7 +271,7 @@ class StepTable:
         cls,
         alphas_cumprod: Tensor,
         *,
-        steps: int | Sequence[float],
+        steps: int | str | Sequence[float],
         prediction: Prediction = "epsilon",
         spacing: str = "linspace",
         offset: int = 0,

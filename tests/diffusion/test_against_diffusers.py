@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagen_fast.diffusion import DynamicThreshold, StepTable
+from imagen_fast.diffusion import IF_TIMESTEPS, DynamicThreshold, StepTable
 from imagen_fast.reference.sampler_step import sampler_step
 
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
@@ -128,6 +128,34 @@ def test_thresholds(solver: str, threshold: str, draws: Draws) -> None:
     follow(scheduler, table, draws, threshold=ours, channels=6 if solver == "ddpm" else 3)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("DDIMScheduler", StepTable.ddim),
+        ("DPMSolverMultistepScheduler", StepTable.dpm_solver_pp),
+        ("EulerDiscreteScheduler", StepTable.euler),
+    ],
+)
+def test_every_number_of_steps_visits_the_same_timesteps(name: str, build: Callable[..., StepTable], spacing: str):
+    scheduler = getattr(diffusers, name)(num_train_timesteps=100, timestep_spacing=spacing)
+    for steps in range(1, 100):
+        scheduler.set_timesteps(steps)
+        theirs = scheduler.timesteps[:steps].tolist()  # rounding can leave room for one more, timestep -1
+        ours = build(scheduler.alphas_cumprod, steps=steps, spacing=spacing).timesteps
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4), steps
+
+
+@pytest.mark.parametrize("name", ["fast27", "super40"])
+def test_if_timesteps(name: str, draws: Draws) -> None:
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=False
+    )
+    scheduler.set_timesteps(timesteps=list(IF_TIMESTEPS[name]))
+    table = StepTable.ddpm(scheduler.alphas_cumprod, steps=name, variance="learned_range")
+    follow(scheduler, table, draws, channels=6)
+
+
 @pytest.mark.parametrize("steps", [[999, 700, 350, 20, 0], [999, 800, 500, 450, 100]])
 def test_ddpm_on_given_timesteps(steps: list[int], draws: Draws) -> None:
     scheduler = diffusers.DDPMScheduler(
@@ -205,6 +233,21 @@ def test_dpm_solver_pp_spacings(prediction: str, spacing: str, karras: bool, dra
         scheduler.alphas_cumprod, steps=12, prediction=prediction, spacing=spacing, karras=karras
     )
     follow(scheduler, table, draws)
+
+
+def test_dpm_solver_pp_that_ends_in_order_1(draws: Draws) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(euler_at_final=True, final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(20)
+    table = StepTable.dpm_solver_pp(scheduler.alphas_cumprod, steps=20, euler_at_final=True, final_sigma="sigma_min")
+    assert table.row(18)["next_from_previous_x0"]
+    assert not table.row(19)["next_from_previous_x0"]
+    follow(scheduler, table, draws)
+
+
+def test_dpm_solver_pp_ignores_variance_channels(draws: Draws) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(6)
+    follow(scheduler, StepTable.dpm_solver_pp(scheduler.alphas_cumprod, steps=6), draws, channels=6)
 
 
 def test_dpm_solver_pp_with_dynamic_thresholding(draws: Draws) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from imagen_fast.diffusion import linear_betas, spaced_timesteps, squaredcos_cap_v2
+from imagen_fast.diffusion import IF_TIMESTEPS, linear_betas, spaced_timesteps, squaredcos_cap_v2
 
 
 @pytest.mark.parametrize("schedule", [squaredcos_cap_v2, linear_betas])
@@ -63,9 +64,29 @@ def test_timesteps_can_be_given():
     assert spaced_timesteps(1000, [999, 3, 0]) == [999, 3, 0]
 
 
+@pytest.mark.parametrize("name", IF_TIMESTEPS)
+def test_if_timesteps_have_the_length_in_their_name(name):
+    timesteps = spaced_timesteps(1000, name)
+    assert len(timesteps) == int(name.lstrip("abcdefghijklmnopqrstuvwxyz"))
+    assert (timesteps[0], timesteps[-1]) == (999, 0)
+
+
+def test_if_timesteps_are_diffusers():
+    theirs = pytest.importorskip("diffusers.pipelines.deepfloyd_if.timesteps")
+    for name, timesteps in IF_TIMESTEPS.items():
+        assert list(timesteps) == getattr(theirs, f"{name}_timesteps")
+
+
+@pytest.mark.parametrize("steps", [np.int64(4), np.int32(4), np.array([750, 500, 250, 0]), torch.tensor([9, 4])])
+def test_steps_can_be_of_numpy_and_pytorch(steps):
+    assert spaced_timesteps(1000, steps) in ([750, 500, 250, 0], [9, 4])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((1000, "fast28"), "fast27"),
+        ((100, "fast27"), "the schedule has 100"),
         ((1000, 0), "steps"),
         ((1000, 1001), "steps"),
         ((1000, 10, "sideways"), "spacing"),

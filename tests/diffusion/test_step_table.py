@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from imagen_fast.diffusion import StepTable, squaredcos_cap_v2
 from imagen_fast.reference.sampler_step import sampler_step
 
 ALPHAS = squaredcos_cap_v2(1000)
+TO_PURE_NOISE = torch.tensor([0.9, 0.5, 0.1, 0.0])
 PREDICTIONS = ("epsilon", "v", "x0")
 
 
@@ -92,6 +95,36 @@ def test_eta_one_has_ddpms_variance():
         assert ddim.row(index)["noise_scale"] == pytest.approx(ddpm.row(index)["noise_scale"])
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_takes_what_it_needs_and_no_more(prediction):
+    """A coefficient that is 0 in exact arithmetic is 0, for then its tensor is not read."""
+    row = StepTable.ddim(ALPHAS, steps=5, prediction=prediction).row(1)
+    assert (row["next_from_sample"] == 0) == (prediction == "epsilon")
+
+
+def test_v_can_start_from_pure_noise():
+    table = StepTable.ddpm(TO_PURE_NOISE, steps=4, prediction="v")
+    assert (table.row(0)["x0_from_sample"], table.row(0)["x0_from_output"]) == (0.0, -1.0)
+    assert table.rows[:, :10].isfinite().all()
+    assert table.row(0)["sigma"] == math.inf
+
+
+def test_rows_name_the_noise_level():
+    table = StepTable.dpm_solver_pp(ALPHAS, steps=8, spacing="trailing")
+    for index, timestep in enumerate(table.timesteps):
+        alpha = ALPHAS[timestep].item()
+        assert table.row(index)["sigma"] == pytest.approx(((1 - alpha) / alpha) ** 0.5)
+    heun = StepTable.heun(ALPHAS, steps=4)
+    for index in range(len(heun)):
+        assert heun.row(index)["input_scale"] == pytest.approx((heun.row(index)["sigma"] ** 2 + 1) ** -0.5)
+
+
+def test_timesteps_can_be_told_in_other_numbers():
+    table = StepTable.ddim(ALPHAS, steps=2).with_timesteps([0.25, -1])
+    assert table.timesteps == (0.25, -1)
+    assert [table.row(i)["timestep"] for i in range(2)] == [0.25, -1]
+
+
 def test_uses_and_length():
     ddim, ddpm = StepTable.ddim(ALPHAS, steps=5), StepTable.ddpm(ALPHAS, steps=5)
     assert len(ddim) == len(ddpm) == 5
@@ -107,6 +140,12 @@ def test_uses_and_length():
         (lambda: StepTable.ddpm(ALPHAS, steps=5, variance="none"), ValueError, "variance"),
         (lambda: StepTable.ddim(ALPHAS, steps=5, eta=2.0), ValueError, "eta"),
         (lambda: StepTable.ddim(ALPHAS[None], steps=5), ValueError, "alphas_cumprod"),
+        (lambda: StepTable.ddpm(torch.ones(4), steps=2), ValueError, "below 1"),
+        (lambda: StepTable.ddpm(torch.tensor([0.5, float("nan")]), steps=2), ValueError, "below 1"),
+        (lambda: StepTable.ddpm(TO_PURE_NOISE, steps=2, spacing="trailing"), ValueError, "pure noise"),
+        (lambda: StepTable.euler(TO_PURE_NOISE, steps=2), ValueError, "pure noise"),
+        (lambda: StepTable.dpm_solver_pp(TO_PURE_NOISE, steps=2), ValueError, "pure noise"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5).with_timesteps([1.0]), ValueError, "timesteps must be 5"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).row(5), IndexError, "index"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).row(-1), IndexError, "index"),
     ],
