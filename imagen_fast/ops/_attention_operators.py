@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _triton
 from ..reference.attention import heads_are_inner
 
 _ARGUMENTS = (
@@ -131,14 +132,26 @@ def with_dense_rows(x: Tensor) -> Tensor:
 
 
 def define(library: torch.library.Library, backend: str) -> Callable[..., Any]:
-    """Define both operators of a backend, with what tracing and autograd need, and return the forward one.
-
-    For the backends whose kernels are in a shared library; how Triton's operators are defined is up to Triton.
-    """
+    """Define both operators of a backend whose kernels are in a shared library, with what tracing and autograd need,
+    and return the forward one."""
     forward, backward = f"attention_{backend}", f"attention_backward_{backend}"
     for name, schema, fake in ((forward, SCHEMA, fake_forward), (backward, BACKWARD_SCHEMA, fake_backward)):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"imagen_fast::{name}", fake, lib=library)
+    _register_autograd(library, backend)
+    return getattr(torch.ops.imagen_fast, forward).default
+
+
+def define_triton(library: torch.library.Library) -> None:
+    """The same for Triton's operators, which are made of their launchers."""
+    kernels = _triton.kernels("attention")
+    _triton.define("attention_triton", kernels.forward, fake=fake_forward)
+    _triton.define("attention_backward_triton", kernels.backward, fake=fake_backward)
+    _register_autograd(library, "triton")
+
+
+def _register_autograd(library: torch.library.Library, backend: str) -> None:
+    forward, backward = f"attention_{backend}", f"attention_backward_{backend}"
     torch.library.register_autograd(
         f"imagen_fast::{forward}",
         differentiate(getattr(torch.ops.imagen_fast, backward).default),
@@ -146,4 +159,3 @@ def define(library: torch.library.Library, backend: str) -> Callable[..., Any]:
         lib=library,
     )
     torch.library.register_autograd(f"imagen_fast::{backward}", no_second_derivative(backend), lib=library)
-    return getattr(torch.ops.imagen_fast, forward).default

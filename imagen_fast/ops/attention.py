@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Op
+from .. import _triton
+from ..backends import Backend, Op, dtypes, run_operator
 from ..reference.attention import RelativePositionBias
 from ..reference.attention import attention as eager_attention
 from . import _checks
 from ._attention_buckets import diagonal_buckets
-from ._attention_operators import define, has_dense_rows, with_dense_rows
+from ._attention_operators import define, define_triton, has_dense_rows, with_dense_rows
 
 WIDEST = 256  # of a head
 
@@ -247,7 +248,25 @@ def _notes(call: _Call) -> list[str]:
     ]
 
 
-_OP = Op("attention", _check, (Backend("eager", _run_eager),), _notes)
+@_triton.once
+def _define_triton() -> None:
+    define_triton(_LIBRARY)
+
+
+def _run_triton(call: _Call) -> Tensor:
+    _define_triton()
+    return run_operator(torch.ops.imagen_fast.attention_triton.default, *_operator_arguments(call))[0]
+
+
+_OP = Op(
+    "attention",
+    _check,
+    (
+        Backend("eager", _run_eager),
+        Backend("triton", _run_triton, (dtypes("q", torch.float16, torch.bfloat16, torch.float32),)),
+    ),
+    _notes,
+)
 
 
 def attention(
