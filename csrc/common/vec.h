@@ -98,6 +98,9 @@ struct Twice {
   friend IMAGEN_FAST_INLINE Twice divide_roughly(Twice a, Twice b) {
     return {divide_roughly(a.first, b.first), divide_roughly(a.second, b.second)};
   }
+  friend IMAGEN_FAST_INLINE Twice divide_by_up_to_infinity(Twice a, Twice b) {
+    return {divide_by_up_to_infinity(a.first, b.first), divide_by_up_to_infinity(a.second, b.second)};
+  }
   friend IMAGEN_FAST_INLINE Twice multiply_where(Mask mask, Twice a, Twice b) {
     return {multiply_where(mask.first, a.first, b.first), multiply_where(mask.second, a.second, b.second)};
   }
@@ -110,6 +113,11 @@ struct Twice {
   }
   friend IMAGEN_FAST_INLINE Scalar sum(Twice a) { return sum(a.first + a.second); }
   friend IMAGEN_FAST_INLINE Scalar largest(Twice a) { return largest(max(a.first, a.second)); }
+  // The sum of the vectors of a * b, and c
+  template <typename U>
+  friend IMAGEN_FAST_INLINE U add_products(Twice a, Twice b, U c) {
+    return add_products(a.second, b.second, add_products(a.first, b.first, c));
+  }
   friend IMAGEN_FAST_INLINE auto sum_of_vectors(Twice a) { return sum_of_vectors(a.first + a.second); }
 
   template <typename Function>
@@ -117,6 +125,13 @@ struct Twice {
     return {map(a.first, function), map(a.second, function)};
   }
 };
+
+// Whether times_power_of_two gives infinity where the result is too large; then divide_roughly, and
+// divide_by_up_to_infinity, divide by that to 0 (or NaN, infinity by infinity).
+template <typename V>
+constexpr bool kOverflowsToInfinity = false;
+template <typename V>
+constexpr bool kOverflowsToInfinity<Twice<V>> = kOverflowsToInfinity<V>;
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA
 
@@ -243,6 +258,15 @@ IMAGEN_FAST_INLINE Vec<S> load_column(const S* from, Lanes lanes) {
 }
 
 template <typename S>
+IMAGEN_FAST_INLINE void add_product_to_column(Wide<S> a, Wide<S> b, S* to, Rows<S>) {
+  add_products(a, b, Vec<S>::load(to)).store(to);
+}
+template <typename S, typename V, typename Lanes>
+IMAGEN_FAST_INLINE void add_product_to_column(V a, V b, S* to, Lanes lanes) {
+  add_products(a, b, Vec<S>::load_first(to, lanes.count)).store_first(to, lanes.count);
+}
+
+template <typename S>
 IMAGEN_FAST_INLINE void add_to_column(Wide<S> value, S* to, Rows<S>) {
   (Vec<S>::load(to) + sum_of_vectors(value)).store(to);
 }
@@ -262,7 +286,7 @@ class RowSum {
     rest_ = fma(keep_first(a, lanes.count), b, rest_);
   }
 
-  IMAGEN_FAST_INLINE S total() const { return sum(wide_) + sum(rest_); }
+  IMAGEN_FAST_INLINE S total() const { return sum(sum_of_vectors(wide_) + rest_); }
 
  private:
   Wide<S> wide_{S(0)};

@@ -93,6 +93,7 @@ struct Vec<float> {
     store_first(to, count);
   }
   friend IMAGEN_FAST_INLINE Vec sum_of_vectors(Vec a) { return a; }
+  friend IMAGEN_FAST_INLINE Vec add_products(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 
   friend IMAGEN_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.raw, b.raw)); }
@@ -120,7 +121,14 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) {
     return Vec(_mm512_mul_ps(a.raw, _mm512_rcp14_ps(b.raw)));
   }
-  // -inf is split into 0 and -inf, and 2^-inf is 0.
+  friend IMAGEN_FAST_INLINE Vec divide_by_up_to_infinity(Vec a, Vec b) {
+    const __m512 estimate = _mm512_rcp14_ps(b.raw);
+    // 0, and not 2 - infinity * 0, where b is infinite
+    const __mmask16 finite = _mm512_cmp_ps_mask(b.raw, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+    const __m512 correction = _mm512_maskz_fnmadd_ps(finite, b.raw, estimate, _mm512_set1_ps(2.0f));
+    return Vec(_mm512_mul_ps(_mm512_mul_ps(a.raw, estimate), correction));
+  }
+  // An infinity is split into 0 and itself; 2^-inf is 0, 2^inf infinite.
   friend IMAGEN_FAST_INLINE Split<Vec> split_product(Vec a, Vec b) {
     const Vec product = a * b;
     const Vec fraction(_mm512_reduce_ps(product.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -133,5 +141,8 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.raw); }
   friend IMAGEN_FAST_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.raw); }
 };
+
+template <>
+constexpr bool kOverflowsToInfinity<Vec<float>> = true;
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

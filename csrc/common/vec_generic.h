@@ -101,6 +101,7 @@ struct Vec {
     store_first(to, count);
   }
   friend IMAGEN_FAST_INLINE Vec sum_of_vectors(Vec a) { return a; }
+  friend IMAGEN_FAST_INLINE Vec add_products(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 
   friend IMAGEN_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.raw + b.raw); }
   friend IMAGEN_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.raw - b.raw); }

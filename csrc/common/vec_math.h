@@ -27,26 +27,35 @@ IMAGEN_FAST_INLINE V divide_for(V a, V b) {
   }
 }
 
+constexpr float kLog2E = 0x1.715476p0f;
+
+// 2^(v * factor), of floats; may be 0 where it would not be normal. The product must not be positive, except where
+// kOverflowsToInfinity.
+template <typename T, typename V>
+IMAGEN_FAST_INLINE V power_of_two(V v, float factor) {
+  const auto [r, n] = split_product(v, V(factor));
+  // 2^r for |r| <= 1/2, minimax to 3e-6 or 2e-9. (Horner needs the fewest registers; a Wide fills its waits.)
+  V p;
+  if constexpr (kRoughly<T>) {
+    p = fma(V(0.009570006281137466f), r, V(0.05591868236660957f));
+    p = fma(p, r, V(0.24024753272533417f));
+    p = fma(p, r, V(0.6931217312812805f));
+  } else {
+    p = fma(V(0.00015345697465818375f), r, V(0.0013400063617154956f));
+    p = fma(p, r, V(0.009618490003049374f));
+    p = fma(p, r, V(0.05550328269600868f));
+    p = fma(p, r, V(0.24022646248340607f));
+    p = fma(p, r, V(0.6931471824645996f));
+  }
+  p = fma(p, r, V(1.0f));
+  return times_power_of_two(p, n);
+}
+
 // exp(v) for v <= 0; may be 0 where a float of it would not be normal
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V exp_nonpositive(V v) {
   if constexpr (kIsFloat<V>) {
-    const auto [r, n] = split_product(v, V(0x1.715476p0f));  // log2(e)
-    // 2^r for |r| <= 1/2, minimax to 3e-6 or 2e-9. (Horner needs the fewest registers; a Wide fills its waits.)
-    V p;
-    if constexpr (kRoughly<T>) {
-      p = fma(V(0.009570006281137466f), r, V(0.05591868236660957f));
-      p = fma(p, r, V(0.24024753272533417f));
-      p = fma(p, r, V(0.6931217312812805f));
-    } else {
-      p = fma(V(0.00015345697465818375f), r, V(0.0013400063617154956f));
-      p = fma(p, r, V(0.009618490003049374f));
-      p = fma(p, r, V(0.05550328269600868f));
-      p = fma(p, r, V(0.24022646248340607f));
-      p = fma(p, r, V(0.6931471824645996f));
-    }
-    p = fma(p, r, V(1.0f));
-    return times_power_of_two(p, n);
+    return power_of_two<T>(v, kLog2E);
   } else {
     return map(v, [](double lane) { return std::exp(lane); });
   }
@@ -89,8 +98,13 @@ IMAGEN_FAST_INLINE Logistic<V> logistic(V v) {
 // a / (1 + exp(-v))
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V times_logistic(V a, V v) {
-  const V e = exp_negative_abs<T>(v);
-  return divide_for<T>(multiply_where(v < V(0), a, e), V(1) + e);
+  if constexpr (kOverflowsToInfinity<V>) {
+    const V denominator = V(1) + power_of_two<T>(v, -kLog2E);
+    return kRoughly<T> ? divide_roughly(a, denominator) : divide_by_up_to_infinity(a, denominator);
+  } else {
+    const V e = exp_negative_abs<T>(v);
+    return divide_for<T>(multiply_where(v < V(0), a, e), V(1) + e);
+  }
 }
 
 // The standard normal distribution at v: density times sqrt(2 pi), and the probability above |v|

@@ -1,7 +1,6 @@
-// What the forward and the backward kernel share: parameters, the layout of channels-last rows, dispatch on types.
+// What the forward and the backward kernel share: how work is cut up.
 #pragma once
 
-#include "../common/activations.h"
 #include "../common/buffer.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
@@ -10,8 +9,6 @@
 namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act {
 
 using namespace imagen_fast::group_norm_act;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether (sample, group) slabs, handed out whole, would leave threads idle.
 inline bool should_split_slabs(int64_t slabs, int64_t slab_size) {
@@ -63,26 +60,5 @@ struct Blocks {
   int64_t size;
   int64_t per_sample;
 };
-
-// function.operator()<T, Activation>() for the problem's dtype and activation
-template <typename T, typename Function>
-inline void dispatch_activation(const Problem& problem, Function&& function) {
-  switch (problem.activation) {
-    case Activation::kSilu: return function.template operator()<T, Silu>();
-    case Activation::kGelu: return function.template operator()<T, Gelu>();
-    case Activation::kGeluTanh: return function.template operator()<T, GeluTanh>();
-    default: return function.template operator()<T, Identity>();
-  }
-}
-
-template <typename Function>
-inline void dispatch(const Problem& problem, Function&& function) {
-  switch (problem.dtype) {
-    case DType::kHalf: return dispatch_activation<Half>(problem, function);
-    case DType::kBFloat16: return dispatch_activation<BFloat16>(problem, function);
-    case DType::kFloat: return dispatch_activation<float>(problem, function);
-    default: return dispatch_activation<double>(problem, function);
-  }
-}
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act

@@ -211,7 +211,7 @@ void sum_columns(const T* dy, const T* x, int64_t n, int64_t width, const Column
     const V t = fma(d, V(load_column(column.multiplier + c, lanes)), V(load_column(column.offset + c, lanes)));
     const V dt = load(dy + i, lanes) * Act::template slope<T>(t);
     add_to_column(dt, sum_dt + c, lanes);
-    add_to_column(dt * d, sum_dt_d + c, lanes);
+    add_product_to_column(dt, d, sum_dt_d + c, lanes);
   });
 }
 
@@ -343,8 +343,6 @@ struct Run {
 }  // namespace
 }  // namespace group_norm_act
 
-void group_norm_act_backward(const imagen_fast::group_norm_act::Backward& f) {
-  group_norm_act::dispatch(f, group_norm_act::Run{f});
-}
+void group_norm_act_backward(const imagen_fast::group_norm_act::Backward& f) { dispatch(f, group_norm_act::Run{f}); }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

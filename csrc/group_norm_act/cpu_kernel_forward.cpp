@@ -217,8 +217,6 @@ struct Run {
 }  // namespace
 }  // namespace group_norm_act
 
-void group_norm_act_forward(const imagen_fast::group_norm_act::Forward& f) {
-  group_norm_act::dispatch(f, group_norm_act::Run{f});
-}
+void group_norm_act_forward(const imagen_fast::group_norm_act::Forward& f) { dispatch(f, group_norm_act::Run{f}); }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -89,7 +89,7 @@ inline void column_sums_around(const T* x, int64_t n, int64_t width, const S* pi
   for_each_column_vector<S>(n, width, [&](int64_t i, int64_t c, auto lanes) {
     const auto d = load(x + i, lanes) - load_column(pivot + c, lanes);
     add_to_column(d, sum_d + c, lanes);
-    add_to_column(d * d, sum_d2 + c, lanes);
+    add_product_to_column(d, d, sum_d2 + c, lanes);
   });
 }
 

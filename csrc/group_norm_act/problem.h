@@ -4,21 +4,12 @@
 
 #include <cstdint>
 
-#include "../common/activation_codes.h"
-#include "../common/number_formats.h"
-#include "../common/parameters.h"
+#include "../common/norm_problem.h"
 
 namespace imagen_fast::group_norm_act {
 
-struct Problem {
-  DType dtype;         // of x, y and their gradients
-  bool channels_last;  // x is [batch][positions][channels] in memory, else [batch][channels][positions]
-  int64_t batch;
-  int64_t channels;
-  int64_t positions;
+struct Problem : NormProblem {
   int64_t groups;
-  Activation activation;
-  Parameters parameters;
 };
 
 // Statistics and sums are fp32, or fp64 where x is.

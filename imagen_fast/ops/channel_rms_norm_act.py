@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Op, run_operator
+from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, dense_like
 from ..reference.channel_rms_norm_act import channel_rms_norm_act as eager_channel_rms_norm_act
 from . import _norms
@@ -140,7 +140,10 @@ def _run_cpu(call: _Call) -> Tensor:
 _OP = Op(
     "channel_rms_norm_act",
     _check,
-    (Backend("eager", _run_eager),),
+    (
+        Backend("eager", _run_eager),
+        Backend("cpu", _run_cpu, (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
+    ),
     lambda call: _norms.notes(call.x),
 )
 
