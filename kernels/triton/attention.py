@@ -192,6 +192,27 @@ class _Problem(NamedTuple):
             "INTERPRETED": INTERPRETED,
         }
 
+    def arguments_of_queries(self) -> dict[str, Any]:
+        """Of a kernel that goes through both segments, for a block of queries."""
+        q, own = self.q, self.segments[-1]
+        context = self.segments[0] if len(self.segments) > 1 else None
+        context_k, context_v = (None, None) if context is None else (context.k, context.v)
+        return {
+            **self.arguments(own),
+            **_bias_arguments(self.bias, q),
+            **_mask_arguments(self.key_mask, q),
+            **_strides(context_k=context_k, context_v=context_v),
+            "p_context_k": q if context_k is None else context_k,
+            "p_context_v": q if context_v is None else context_v,
+            "p_diagonal": self.lse if self.diagonal is None else self.diagonal,
+            "p_delta": self.delta,
+            "heads": q.shape[1],
+            "context": own.first,
+            "HAS_CONTEXT": context is not None,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_TABLE": self.diagonal is not None,
+        }
+
 
 def backward(
     dout: Tensor,
@@ -226,8 +247,12 @@ def backward(
         segments.insert(0, _Segment(context_k, context_v, 0, False))
     diagonal = _by_diagonal(table, buckets)
     tiles = _tiles("backward", q)
-    delta = _delta(out, dout, lse, tiles)
+    delta = torch.empty_like(lse)
     problem = _Problem(q, segments, bias, diagonal, key_mask, q_scale, k_scale, scale, dout, lse, delta, tiles)
+    if (asked[5] or asked[6]) and q.dtype != torch.float32:
+        _exact_delta(problem)
+    else:
+        _delta(problem, out)
     if asked[0] or asked[6] or asked[7]:
         dq, dq_scale, dtable = _differentiate_queries(problem, buckets, table if asked[6] else None)
         gradients[0] = dq if asked[0] else gradients[0]
@@ -249,56 +274,49 @@ def backward(
     return tuple(gradients)  # type: ignore[return-value]
 
 
-def _delta(out: Tensor, dout: Tensor, lse: Tensor, tiles: _Tiles) -> Tensor:
-    """(B, Hq, Lq), sum over D of dout out."""
-    delta = torch.empty_like(lse)
+def _delta(problem: _Problem, out: Tensor) -> None:
+    """Fills delta (B, Hq, Lq) with the sum over D of dout out."""
     batch, heads, queries, _ = out.shape
+    tiles = problem.tiles
     wrap_triton(_backward.attention_delta_kernel)[(ceil_div(queries, tiles.BLOCK_M) * batch * heads,)](
         p_out=out,
-        p_dout=dout,
-        p_delta=delta,
+        p_dout=problem.dout,
+        p_delta=problem.delta,
         heads=heads,
         queries=queries,
-        **_strides(out=out, dout=dout),
+        **_strides(out=out, dout=problem.dout),
         **tiles.rows_only,
         num_warps=4,
     )
-    return delta
+
+
+def _exact_delta(problem: _Problem) -> None:
+    """Fills delta with the sum over the keys of P dP."""
+    batch, heads, queries, _ = problem.q.shape
+    wrap_triton(_backward.attention_exact_delta_kernel)[(ceil_div(queries, problem.tiles.BLOCK_M) * batch * heads,)](
+        **problem.arguments_of_queries()
+    )
 
 
 def _differentiate_queries(
     problem: _Problem, buckets: Tensor | None, table: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and the gradients of q_scale (D,) and of the table in float32, of the latter if it is given."""
-    q, own = problem.q, problem.segments[-1]
-    context = problem.segments[0] if len(problem.segments) > 1 else None
+    q = problem.q
     batch, heads, queries, width = q.shape
     blocks = ceil_div(queries, problem.tiles.BLOCK_M)
     rows = 1 if table is None else table.shape[0]
     dq = _like(q, q.shape)
     dq_scale = q.new_empty((blocks * batch * heads, width), dtype=torch.float32)
     dtable = q.new_empty((batch, heads, blocks, rows), dtype=torch.float32)
-    arguments = problem.arguments(own) | _bias_arguments(problem.bias, q) | _mask_arguments(problem.key_mask, q)
     wrap_triton(_backward.attention_backward_queries_kernel)[(blocks * batch * heads,)](
-        **arguments,
-        **_strides(
-            dq=dq,
-            context_k=None if context is None else context.k,
-            context_v=None if context is None else context.v,
-        ),
-        p_context_k=q if context is None else context.k,
-        p_context_v=q if context is None else context.v,
-        p_diagonal=problem.lse if problem.diagonal is None else problem.diagonal,
+        **problem.arguments_of_queries(),
+        **_strides(dq=dq),
         p_buckets=problem.lse if buckets is None else buckets,
         p_dq=dq,
         p_dq_scale=dq_scale,
         p_dtable=dtable,
-        heads=heads,
-        context=own.first,
         rows=rows,
-        HAS_CONTEXT=context is not None,
-        HAS_BIAS=problem.bias is not None,
-        HAS_TABLE=problem.diagonal is not None,
         NEEDS_TABLE=table is not None,
         BLOCK_ROWS=power_of_two_at_least(rows),
     )
