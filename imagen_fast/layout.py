@@ -6,6 +6,9 @@ strides (C * L, 1, C), for example as the transpose of a (B, L, C) sequence.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 from torch import Tensor
 
 
@@ -62,3 +65,47 @@ def has_one_position_stride(x: Tensor) -> bool:
                 return False
             expected = strides[i] * shape[i]
     return True
+
+
+# Ops on the last dimension see x (..., C) as rows (outer, inner, C) whose last dimension is dense: two strides, enough
+# for a window into a sequence or a part of a packed projection. Their results are dense and contiguous; of a tensor of
+# rank 3 they keep the order of the first two dimensions in memory.
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (..., C) as (outer, inner, C), copied only if there are no two strides that do."""
+    if x.dim() != 3:
+        x = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
+    return x if has_dense_rows(x) else x.contiguous()
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether `rows` needs no copy."""
+    if not has_dense_rows(x):
+        return False
+    leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return (
+        x.dim() == 3
+        or x.numel() == 0
+        or all(stride == size * inner for (_, stride), (size, inner) in itertools.pairwise(leading))
+    )
+
+
+def has_dense_rows(x: Tensor) -> bool:
+    """Whether the last dimension of x is dense."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def dense_rows_like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the layout that the results of an op on the rows of x have; both are of one shape."""
+    if x.dim() == 3 and has_dense_rows(x) and x.stride(0) < x.stride(1):
+        return y.transpose(0, 1).contiguous().transpose(0, 1)
+    return y.contiguous()
+
+
+def empty_rows_like(x: Tensor, width: int) -> Tensor:
+    """The same without data, for x (outer, inner, C) and rows of `width`."""
+    outer, inner, _ = x.shape
+    if x.stride(0) < x.stride(1):
+        return x.new_empty((inner, outer, width)).transpose(0, 1)
+    return x.new_empty((outer, inner, width))

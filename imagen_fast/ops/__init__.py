@@ -11,7 +11,9 @@ if TYPE_CHECKING:  # static type checkers find nothing by running code: without 
     from .add_noise import add_noise as add_noise
     from .attention import attention as attention
     from .channel_rms_norm_act import channel_rms_norm_act as channel_rms_norm_act
+    from .gated_gelu import gated_gelu as gated_gelu
     from .group_norm_act import group_norm_act as group_norm_act
+    from .rms_norm import rms_norm as rms_norm
     from .sampler_step import sampler_step as sampler_step
 
 __all__ = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))

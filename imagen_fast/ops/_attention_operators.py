@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton
+from ..layout import has_dense_rows
 from ..reference.attention import heads_are_inner
 
 _ARGUMENTS = (
@@ -119,11 +120,6 @@ def no_second_derivative(backend: str) -> Callable[..., None]:
         )
 
     return formula
-
-
-def has_dense_rows(x: Tensor) -> bool:
-    """Whether the last dimension of x is dense."""
-    return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
 def with_dense_rows(x: Tensor) -> Tensor:

@@ -37,6 +37,17 @@ def parameter(name: str, p: Tensor, x: Tensor, x_name: str = "x") -> None:
         raise ValueError(f"{name} must be on {x.device}, where {x_name} is, got {p.device}")
 
 
+def alike(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
+    """y is a tensor of the shape and dtype of x, and on its device."""
+    floating(name, y)
+    if y.dtype != x.dtype:
+        raise TypeError(f"{name} must be {x.dtype}, as {x_name} is, got {y.dtype}")
+    if y.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, where {x_name} is, got {y.device}")
+    if y.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of {x_name}, {tuple(x.shape)}, got {tuple(y.shape)}")
+
+
 def integer(name: str, value: int, minimum: int) -> None:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from .. import _triton
 from ..backends import Backend, Op, dtypes, run_operator
+from ..layout import has_dense_rows
 from ..reference.attention import RelativePositionBias
 from ..reference.attention import attention as eager_attention
 from . import _checks
 from ._attention_buckets import diagonal_buckets
-from ._attention_operators import define, define_triton, has_dense_rows, with_dense_rows
+from ._attention_operators import define, define_triton, with_dense_rows
 
 WIDEST = 256  # of a head
 
@@ -70,7 +71,7 @@ def _check(
     if width == 0 or width % 8 or width > WIDEST:
         raise ValueError(f"q must have a head width that is a multiple of 8, of at most {WIDEST}, got {width}")
     _check_keys("k", k, q)
-    _check_same_shape("v", v, "k", k)
+    _checks.alike("v", v, "k", k)
     kv_heads, keys = k.shape[1:3]
     if kv_heads == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"k must have a number of heads that divides the {q.shape[1]} heads of q, got {kv_heads}")
@@ -79,7 +80,7 @@ def _check(
         _check_keys("context_k", context_k, q)
         if context_k.shape[1] != kv_heads:
             raise ValueError(f"context_k must have the {kv_heads} heads of k, got {context_k.shape[1]}")
-        _check_same_shape("context_v", context_v, "context_k", context_k)
+        _checks.alike("context_v", context_v, "context_k", context_k)
         keys = context_k.shape[2] + keys
     if isinstance(bias, RelativePositionBias):
         _check_position_bias(bias, q)
@@ -114,16 +115,6 @@ def _check_keys(name: str, k: Tensor, q: Tensor) -> None:
             f"{name} must have shape ({q.shape[0]}, heads, keys, {q.shape[3]}), batch and head width as of q, "
             f"got {tuple(k.shape)}"
         )
-
-
-def _check_same_shape(name: str, v: Tensor, other: str, k: Tensor) -> None:
-    _checks.floating(name, v)
-    if v.dtype != k.dtype:
-        raise TypeError(f"{name} must be {k.dtype}, as {other} is, got {v.dtype}")
-    if v.device != k.device:
-        raise ValueError(f"{name} must be on {k.device}, where {other} is, got {v.device}")
-    if v.shape != k.shape:
-        raise ValueError(f"{name} must have the shape of {other}, {tuple(k.shape)}, got {tuple(v.shape)}")
 
 
 def _check_together(first: str, x: Tensor | None, second: str, y: Tensor | None) -> None:
