@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Its key does not see an operator's schema or autograd formula: a graph compiled before one of them changed would be
 # taken for the one to test.
@@ -13,13 +14,20 @@ import pytest
 import torch
 
 import imagen_fast
-from imagen_fast import _native
+from imagen_fast import _native, backends
 
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")  # each machine has a prefix of this list
 
 
+# GPU kernels that run on tensors of the CPU in this process. The tests of `tests/triton` and `tests/cuda` start such a
+# process, and it is for those kernels alone.
+EMULATED = [name for name, emulated in backends._EMULATED.items() if emulated]
+
+
 def _kernels() -> list[str]:
     """Every backend but eager; the C++ one once for each instruction set."""
+    if EMULATED:
+        return EMULATED
     if _native.unavailable_reason() is not None:
         return ["cpu"]
     best = CPU_CAPABILITIES.index(_native.cpu_capability())
@@ -30,6 +38,12 @@ def _kernels() -> list[str]:
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Forces one kernel: a backend, and for the C++ kernels an instruction set."""
     backend, _, capability = request.param.partition("-")
+    if backend in EMULATED:
+        if torch.float64 in request.node.callspec.params.values():
+            pytest.skip("kernels for the GPU take no float64")
+        with imagen_fast.use_backend(backend):
+            yield request.param
+        return
     if backend == "cpu" and _native.unavailable_reason() is not None:
         pytest.skip(_native.unavailable_reason() or "")
     best = _native.cpu_capability()
@@ -66,3 +80,12 @@ def poisoned_memory() -> Iterator[None]:
         if native:
             _native.poison_outputs(False)
         torch.use_deterministic_algorithms(before)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process that emulates a GPU, of the tests of ops those that run every kernel."""
+    if EMULATED:
+        folder = Path(__file__).parent / "ops"
+        out = [item for item in items if folder in item.path.parents and "kernel" not in item.fixturenames]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
