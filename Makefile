@@ -86,7 +86,7 @@ $(VENV)/.requirements: requirements.txt $(VENV)/.torch
 # Without a C++ compiler this says so and everything runs on plain PyTorch. The stamp is then left out, so that the next
 # call looks for a compiler again.
 $(VENV)/.native: setup.py $(NATIVE_SOURCES) $(VENV)/.requirements
-	@echo "Building the C++ library: a minute or more the first time, later only what changed."
+	@echo "Building the C++ library, and where nvcc is the CUDA one: minutes the first time, later only what changed."
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@test ! -e $(NATIVE_LIBRARY) || touch $@
 

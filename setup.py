@@ -240,10 +240,11 @@ def cuda_library(compiler: list[str], toolkit: Toolkit) -> Library:
         )
         for source in sorted(CSRC.glob("*/cuda*.cu"))
     }
-    # The runtime comes along, without its names. It needs what PyTorch's CUDA flavour has, and nothing that PyTorch
-    # without CUDA lacks: the one such function is declared weak.
-    link_flags = [f"-L{torch_folder / 'lib'}", f"-L{toolkit.libraries}", "-Wl,--as-needed", "-ltorch_cpu"]
-    link_flags += ["-lcudart_static", "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]
+    # CUDA's runtime comes along, without its names. libtorch.so, though nothing of it is used, is what leads to
+    # libtorch_cuda.so where PyTorch has CUDA; where it has not, the one function wanted from there stays null.
+    link_flags = [f"-L{torch_folder / 'lib'}", f"-L{toolkit.libraries}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    link_flags += ["-Wl,--as-needed", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    link_flags += ["-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]
     return Library("libimagen_fast_cuda.so", nvcc, compiler, objects, link_flags, keep_log=True)  # of resources
 
 

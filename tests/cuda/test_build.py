@@ -35,7 +35,9 @@ def output_of(*command: str | Path) -> str:
 def test_it_needs_the_stable_abi_of_torch_and_no_cuda_library() -> None:
     needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\]", output_of("readelf", "--dynamic", "--wide", _cuda.LIBRARY)))
     runtimes = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libdl.so.2", "librt.so.1"}
+    assert "libtorch.so" in needed, "it leads to libtorch_cuda.so, and so to the current stream"
     assert {name for name in needed if not name.startswith("ld-linux")} <= {
+        "libtorch.so",
         "libtorch_cpu.so",
         "libpthread.so.0",
     } | runtimes
