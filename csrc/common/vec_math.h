@@ -67,7 +67,7 @@ IMAGEN_FAST_INLINE V exp(V v) {
   if constexpr (kIsFloat<V>) {
     const V e = exp_nonpositive<T>(negative_abs(v));
     const V reciprocal = select(e < V(0x1p-125f), V(INFINITY), divide(V(1), e));
-    return select(v >= V(0), reciprocal, e);
+    return select(v >= V(0), reciprocal, select(v < V(0), e, v));  // v is NaN where it is neither
   } else {
     return map(v, [](double lane) { return std::exp(lane); });
   }
