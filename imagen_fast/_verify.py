@@ -69,12 +69,14 @@ def _compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     original = copy.deepcopy(module)
     for inner in original.modules():
         give_back(inner)
-    ours = _tensors(_forward(module, args, kwargs))
-    eager = _tensors(_forward(original, args, kwargs))
+    ours = tree_leaves(_forward(module, args, kwargs))
+    eager = tree_leaves(_forward(original, args, kwargs))
     with _no_autocast(ours):
-        truth = _tensors(_forward(original.double(), *tree_map(_to_float64, (args, kwargs))))
+        truth = tree_leaves(_forward(original.double(), *tree_map(_to_float64, (args, kwargs))))
     worst, failure = (0.0, 0.0, 0.0), None
     for our, their, true in zip(ours, eager, truth, strict=True):
+        if not (_is_floating(our) and _is_floating(their)):  # a result may stand for a tensor that is not made
+            continue
         error, allowed = testing.largest_error(our, their, true)
         worst = max(worst, (error, testing.largest_error(their, their, true)[0], allowed))
         try:
@@ -89,16 +91,17 @@ def _forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return type(module).forward(module, *args, **kwargs)
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _to_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.double() if _is_floating(value) else value
 
 
-def _no_autocast(results: list[Tensor]) -> torch.autocast:
-    return torch.autocast(results[0].device.type if results else "cpu", enabled=False)
+def _no_autocast(results: list[Any]) -> torch.autocast:
+    device = next((result.device.type for result in results if isinstance(result, Tensor)), "cpu")
+    return torch.autocast(device, enabled=False)
 
 
 @contextmanager

@@ -207,12 +207,18 @@ def accelerate(obj: Any, *, verify: Any = None, strict: bool = False) -> Report:
             take_form(module, fused)
             changed.append(module)
         swapped.append(Swapped(name, _path(fused.original), _path(fused), fused.ops, tuple(notes)))
+    for part in integration.parts(obj).values():
+        part_integration = integration_of(part)
+        if part_integration is not None:
+            part_integration.attach(part)
     if verified and candidates:
         try:
             swapped = _with_accuracy(obj, integration, candidates, swapped, None if verify is True else verify)
         except BaseException:
             for module in changed:
                 give_back(module)
+            if len(changed) == len(candidates):  # none had its fused form before
+                _detach(obj)
             raise
     left += _parts_without_swaps(obj, integration, [*swapped, *left])
     return Report(_path(type(obj)), tuple(swapped), tuple(left))
@@ -231,6 +237,15 @@ def restore(obj: Any) -> None:
     """
     for module in _modules(obj):
         give_back(module)
+    _detach(obj)
+
+
+def _detach(obj: Any) -> None:
+    """Undo what integrations have switched besides classes, in `obj` and in all that it holds."""
+    for module in _modules(obj):
+        integration = integration_of(module)
+        if integration is not None:
+            integration.detach(module)
 
 
 def _modules(obj: Any) -> list[nn.Module]:

@@ -32,12 +32,16 @@ class Integration:
             A module that is one piece is its own part, named "".
         runs: for `verify`: calls of an object that reach the modules in it. It takes the object and what the user gave
             as inputs, None for synthetic ones; raises TypeError for what it cannot use.
+        attach, detach: what else is switched in a part when its modules take and lose their fused forms. Both may be
+            called again, and on copies; what `detach` goes back to is found in the part itself.
     """
 
     serves: tuple[type, ...]
     fused: tuple[type[Fused], ...]
     parts: Callable[[Any], Mapping[str, Any]]
     runs: Callable[[Any, Any], Iterable[Callable[[], object]]]
+    attach: Callable[[Any], None] = lambda part: None
+    detach: Callable[[Any], None] = lambda part: None
 
     def form_of(self, module: nn.Module) -> type[Fused] | None:
         """The fused form that a module has, or could have but for what is particular to it, or None."""

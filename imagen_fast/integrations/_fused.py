@@ -34,11 +34,13 @@ class Fused(nn.Module):
         original: the class that it takes the place of.
         ops: the names of the ops that it calls.
         reads: the children whose parameters it reads, and the class that they must be of exactly.
+        parameters_read: of those children.
     """
 
     original: ClassVar[type[nn.Module]]
     ops: ClassVar[tuple[str, ...]]
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     @classmethod
     def obstacles(cls, module: nn.Module) -> list[str]:
@@ -46,7 +48,7 @@ class Fused(nn.Module):
         found = []
         for name, expected in cls.reads.items():
             child = module.get_submodule(name)
-            reason = why_called(child, expected)
+            reason = why_called(child, expected, cls.parameters_read)
             if reason is not None:
                 found.append(f"{name} ({type(child).__name__}) is called as it is: {reason}")
         return found
@@ -95,7 +97,9 @@ def _original_class(module: Fused) -> type[nn.Module]:
 # ---- Reading children
 
 
-def why_called(child: nn.Module, expected: type[nn.Module]) -> str | None:
+def why_called(
+    child: nn.Module, expected: type[nn.Module], parameters_read: tuple[str, ...] = ("weight", "bias")
+) -> str | None:
     """Why `child` must be called, or None where reading its parameters amounts to the same.
 
     This runs at every call of a fused block, so it asks for little more than a microsecond, and `torch.compile` traces
@@ -110,8 +114,9 @@ def why_called(child: nn.Module, expected: type[nn.Module]) -> str | None:
     if _module._has_any_global_hook():
         return "there are hooks on all modules"
     parameters = child._parameters
-    if "weight" not in parameters or "bias" not in parameters:  # a buffer or an attribute has taken its name
-        return "its weight or bias is not a parameter"
+    for name in parameters_read:
+        if name not in parameters:  # a buffer or an attribute has taken its name
+            return f"its {name} is not a parameter"
     for parameter in parameters.values():
         if type(parameter) not in _PLAIN_TENSORS:
             return "its parameters are of a tensor subclass"
@@ -124,6 +129,15 @@ def is_plain(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _PLAIN_TENSORS:
             return False
     return True
+
+
+def activation_name(child: nn.Module) -> str | None:
+    """What `ops.group_norm_act` calls the activation that `child` is; None where it must be called."""
+    if type(child) is nn.SiLU and why_called(child, nn.SiLU, ()) is None:
+        return "silu"
+    if type(child) is nn.GELU and why_called(child, nn.GELU, ()) is None:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(child.approximate)
+    return None
 
 
 def group_norm_act(

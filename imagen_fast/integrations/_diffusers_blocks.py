@@ -1,0 +1,219 @@
+"""Blocks of diffusers' U-Nets in fused form: residual blocks, attention, gated feed-forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+)
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from .. import ops
+from ._fused import Fused, activation_name, group_norm_act, is_plain, why_called
+
+
+class FusedResnetBlock2D(Fused, ResnetBlock2D):
+    """Both group norms with what follows them, each in one op; every mode of time embedding and of resampling."""
+
+    original = ResnetBlock2D
+    ops = ("group_norm_act",)
+    reads = {"norm1": nn.GroupNorm, "norm2": nn.GroupNorm}  # noqa: RUF012
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        found = super().obstacles(module)
+        act = module.nonlinearity
+        if activation_name(act) is None:  # type: ignore[arg-type]
+            found.append(
+                f"nonlinearity ({type(act).__name__}) is called as it is: it has hooks, or the op has none such"
+            )
+        return found
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # deprecated; the library says so
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        hidden = self._norm_act(self.norm1, input_tensor)
+        resample = self.upsample if self.upsample is not None else self.downsample
+        if resample is not None:
+            if self.upsample is not None and hidden.shape[0] >= 64:
+                input_tensor, hidden = input_tensor.contiguous(), hidden.contiguous()
+            input_tensor, hidden = resample(input_tensor), resample(hidden)
+        hidden = self.conv1(hidden)
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if self.time_embedding_norm == "scale_shift":
+            if temb is None:
+                return super().forward(input_tensor, temb)  # the library's error
+            scale, shift = temb.chunk(2, dim=1)
+            hidden = self._norm_act(self.norm2, hidden, scale, shift)
+        else:
+            if self.time_embedding_norm == "default" and temb is not None:
+                hidden = hidden + temb[:, :, None, None]
+            hidden = self._norm_act(self.norm2, hidden)
+        hidden = self.conv2(self.dropout(hidden))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
+        return (input_tensor + hidden) / self.output_scale_factor
+
+    def _norm_act(self, norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        activation = activation_name(self.nonlinearity)
+        y = group_norm_act(norm, x, activation, scale=scale, shift=shift)
+        return y if activation is not None else self.nonlinearity(y)
+
+
+class FusedGEGLU(Fused, GEGLU):
+    """Activation and product in one op, read in place from the projection's result."""
+
+    original = GEGLU
+    ops = ("gated_gelu",)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        projected = self.proj(hidden_states)
+        value, gate = projected.chunk(2, dim=-1)
+        if not is_plain(projected):
+            return value * self.gelu(gate)
+        return ops.gated_gelu(gate, value, approximate="none")
+
+
+_ADDED = (AttnAddedKVProcessor2_0, AttnAddedKVProcessor)
+_PLAIN = (AttnProcessor2_0, AttnProcessor)
+
+
+class FusedAttention(Fused, Attention):
+    """Self- and cross-attention of U-Nets, by processors that the library sets itself.
+
+    With added keys and values (DeepFloyd IF) the text is a second segment that is read in place. Another processor, or
+    a call with arguments for one, runs as it is.
+    """
+
+    original = Attention
+    ops = ("attention", "group_norm_act")
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        reason = _why_processor_called(module)
+        found = (
+            [] if reason is None else [f"processor ({type(module.processor).__name__}) is called as it is: {reason}"]
+        )
+        for name in ("group_norm", "norm_cross"):
+            child = getattr(module, name, None)
+            if isinstance(child, nn.GroupNorm):
+                why = why_called(child, nn.GroupNorm)
+                if why is not None:
+                    found.append(f"{name} ({type(child).__name__}) is called as it is: {why}")
+        return found
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        if cross_attention_kwargs or _why_processor_called(self) is not None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+        if type(self.processor) in _ADDED:
+            return self._with_added_keys(hidden_states, encoder_hidden_states, attention_mask)
+        return self._plain(hidden_states, encoder_hidden_states, attention_mask)
+
+    def _with_added_keys(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        pixels = x.flatten(2)  # [B, C, N], as x lies in memory
+        batch, _, length = pixels.shape
+        if mask is not None:
+            mask = self.prepare_attention_mask(mask, length, batch, out_dim=4)
+        if text is None:
+            text = pixels.transpose(1, 2)
+        elif self.norm_cross:
+            text = self._norm_text(text)
+        h = group_norm_act(self.group_norm, pixels, None).transpose(1, 2)
+        q = self._heads(self.to_q(h))
+        text_k, text_v = self._heads(self.add_k_proj(text)), self._heads(self.add_v_proj(text))
+        if self.only_cross_attention:
+            out = self._attend(q, text_k, text_v, mask)
+        else:
+            k, v = self._heads(self.to_k(h)), self._heads(self.to_v(h))
+            out = self._attend(q, k, v, mask, text_k, text_v)
+        return self._out(out).transpose(-1, -2).reshape(x.shape) + x
+
+    def _plain(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        h = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        batch, length = (h if text is None else text).shape[:2]
+        if mask is not None:
+            mask = self.prepare_attention_mask(mask, length, batch)
+            mask = mask.view(batch, self.heads, -1, mask.shape[-1])
+        if self.group_norm is not None:
+            h = group_norm_act(self.group_norm, h.transpose(1, 2), None).transpose(1, 2)
+        q = self._heads(self.to_q(h))
+        if text is None:
+            text = h
+        elif self.norm_cross:
+            text = self._norm_text(text)
+        out = self._out(self._attend(q, self._heads(self.to_k(text)), self._heads(self.to_v(text)), mask))
+        if x.dim() == 4:
+            out = out.transpose(-1, -2).reshape(x.shape)
+        if self.residual_connection:
+            out = out + x
+        return out / self.rescale_output_factor
+
+    def _norm_text(self, text: Tensor) -> Tensor:
+        if isinstance(self.norm_cross, nn.GroupNorm):  # over the tokens too, padding included
+            return group_norm_act(self.norm_cross, text.transpose(1, 2), None).transpose(1, 2)
+        return self.norm_encoder_hidden_states(text)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, heads * width) -> (B, heads, N, width), in place."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        context_k: Tensor | None = None,
+        context_v: Tensor | None = None,
+    ) -> Tensor:
+        """(B, heads, N, width) each -> (B, N, heads * width). The processors of PyTorch 2 know no other scale."""
+        given = (t for t in (q, k, v, context_k, context_v) if t is not None)
+        dtypes = {t.dtype for t in given}
+        if not is_plain(q, k, v, context_k, context_v, mask) or len(dtypes) > 1:
+            k = k if context_k is None else torch.cat([context_k, k], dim=2)
+            v = v if context_v is None else torch.cat([context_v, v], dim=2)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            out = ops.attention(q, k, v, context_k=context_k, context_v=context_v, bias=mask)
+        return out.transpose(1, 2).flatten(2)
+
+    def _out(self, x: Tensor) -> Tensor:
+        for layer in self.to_out:  # projection, dropout
+            x = layer(x)
+        return x
+
+
+def _why_processor_called(attention: Any) -> str | None:
+    """Why the processor of an attention block must be called; at every call."""
+    processor = type(attention.processor)
+    if processor not in _ADDED and processor not in _PLAIN:
+        return "it is not one of the library's own for every day"
+    if attention.spatial_norm is not None or attention.norm_q is not None or attention.norm_k is not None:
+        return "the block has norms of queries and keys, or of another kind"
+    if processor in _ADDED and attention.group_norm is None:
+        return "it needs a group norm"
+    if (processor is AttnProcessor or processor is AttnAddedKVProcessor) and (
+        attention.upcast_attention or attention.upcast_softmax or not attention.scale_qk
+    ):
+        return "it computes in another precision, or without a scale"
+    width = attention.inner_dim // attention.heads
+    if width % 8 or width > 256:
+        return f"heads are {width} wide, and the op needs a multiple of 8 up to 256"
+    return None

@@ -1,0 +1,231 @@
+"""Attention of transformers' T5 family on `ops.attention`, by the library's own two points of extension.
+
+transformers looks up the function that attends, and the one that makes its mask, by the name in a model's
+configuration. `imagen_fast_NAME` are such names, for each NAME that a model may have had before: so the one to go back
+to is kept in the name itself. A model on them
+
+- gets a mask of shape (B, 1, 1, K) where only padding is masked, instead of (B, 1, Q, K);
+- computes the bias of relative positions inside the kernel, from the table: a fused attention block hands on a
+  `PositionBias` in the place of the (1, H, Q, K) tensor, and whatever else meets it makes that tensor of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function
+
+from .. import ops
+from ..ops.attention import RelativePositionBias
+from ._fused import Fused, is_plain, why_called
+
+PREFIX = "imagen_fast_"
+_OVER = ("sdpa", "eager", "flex_attention")
+
+_HEADS = "the op needs a multiple of 8 up to 256"
+
+
+def _has_heads(width: int) -> bool:
+    return width % 8 == 0 and width <= 256
+
+
+class PositionBias:
+    """The bias of relative positions of T5, which becomes a (1, heads, queries, keys) tensor only where it must.
+
+    Args:
+        attention: the block that has the table.
+        query_length, key_length: of the tensor.
+        device: of the tensor.
+    """
+
+    def __init__(self, attention: SelfAttention, query_length: int, key_length: int, device: Any) -> None:
+        self.attention = attention
+        self.arguments = (query_length, key_length, device)
+
+    def relative(self, dtype: torch.dtype) -> RelativePositionBias:
+        """As `ops.attention` takes it beside queries of a dtype."""
+        table: Tensor = self.attention.relative_attention_bias.weight
+        if (table.dtype == torch.float64) != (dtype == torch.float64):
+            table = table.to(dtype)
+        return RelativePositionBias(table, max_distance=self.attention.relative_attention_max_distance)
+
+    def tensor(self) -> Tensor:
+        """As the library computes it."""
+        library: Any = self.attention.original
+        return library.compute_bias(self.attention, *self.arguments)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*_materialised(args), **_materialised(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.tensor() + other
+
+    __radd__ = __add__
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor()[index]
+
+
+def _materialised(values: Any) -> Any:
+    return tree_map(lambda value: value.tensor() if isinstance(value, PositionBias) else value, values)
+
+
+class SelfAttention(Fused):
+    """Mixin for the attention blocks: they ask for their bias, and may get it unexpanded."""
+
+    ops = ("attention",)
+    reads = {"relative_attention_bias": nn.Embedding}  # noqa: RUF012
+    parameters_read = ("weight",)
+
+    # What the library's class has
+    config: Any
+    has_relative_attention_bias: bool
+    is_decoder: bool
+    key_value_proj_dim: int
+    relative_attention_bias: nn.Embedding
+    relative_attention_max_distance: int
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        assert isinstance(module, cls.original)
+        found = super().obstacles(module) if module.has_relative_attention_bias else []
+        if not _has_heads(module.key_value_proj_dim):  # type: ignore[arg-type]
+            found.append(f"it attends as before: its heads are {module.key_value_proj_dim} wide, and {_HEADS}")
+        return found
+
+    def compute_bias(
+        self, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: Any = 0
+    ) -> Any:
+        if (
+            query_length == key_length
+            and not self.is_decoder
+            and self.config._attn_implementation.startswith(PREFIX)
+            and why_called(self.relative_attention_bias, nn.Embedding, self.parameters_read) is None
+        ):
+            return PositionBias(self, query_length, key_length, device)
+        return super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
+
+
+def attend(
+    over: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function as transformers calls it; gives (B, Q, H, D) and, where they are asked for, the weights.
+
+    What the op has no form for goes to the function `over`, which the model had before: dropout, weights to be
+    returned, a mask that differs between queries together with a bias from the table.
+    """
+    served = (
+        dropout == 0.0
+        and not getattr(module, "is_causal", False)
+        and not _wants_weights(module, kwargs)
+        and kwargs.get("cache") is None
+        and is_plain(query, key, value)
+        and query.dtype == key.dtype == value.dtype
+        and _has_heads(query.shape[-1])
+    )
+    bias, key_mask = _bias_and_key_mask(position_bias, attention_mask, query) if served else (None, None)
+    if not served or bias is NotImplemented:
+        function = _function_of(over, module)
+        bias = position_bias.tensor() if isinstance(position_bias, PositionBias) else position_bias
+        given = _mask_for(over, attention_mask, query)
+        return function(
+            module, query, key, value, given, dropout=dropout, scaling=scaling, position_bias=bias, **kwargs
+        )
+    out = ops.attention(query, key, value, bias=bias, key_mask=key_mask, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
+
+
+def _bias_and_key_mask(position_bias: Any, mask: Any, query: Tensor) -> tuple[Any, Tensor | None]:
+    """As the op takes them, or NotImplemented."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return NotImplemented, None
+    if isinstance(position_bias, PositionBias):
+        bias: Any = position_bias.relative(query.dtype)
+        if not is_plain(bias.table):
+            return NotImplemented, None
+    else:
+        bias = position_bias
+    if mask is None:
+        return bias, None
+    if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:
+        return bias, mask[:, 0, 0].expand(query.shape[0], -1)
+    if isinstance(bias, RelativePositionBias):
+        return NotImplemented, None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return mask if bias is None else bias + mask, None
+
+
+def _function_of(over: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of that name; "eager" is defined beside each model."""
+    import sys
+
+    default = sys.modules[type(module).__mro__[_depth(module)].__module__].eager_attention_forward
+    return AttentionInterface().get_interface(over, default)
+
+
+def _depth(module: nn.Module) -> int:
+    """Where the library's own class stands among the bases."""
+    return next(i for i, cls in enumerate(type(module).__mro__) if cls.__module__.startswith("transformers."))
+
+
+def _mask_for(over: str, mask: Any, query: Tensor) -> Any:
+    """The mask that our own function made, as the function `over` expects it."""
+    if over == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return mask
+
+
+def make_mask(
+    over: str,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """A mask function as transformers calls it: of padding alone, one row for all queries."""
+    if mask_function is bidirectional_mask_function and not use_vmap and not args and not kwargs.get("local_size"):
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() == 2 and attention_mask.shape[1] == kv_length:
+            return attention_mask[:, None, None].to(torch.bool)
+    return AttentionMaskInterface()[over](
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        **kwargs,
+    )

@@ -1,0 +1,251 @@
+"""diffusers' U-Nets on the ops: DeepFloyd IF's and Stable Diffusion's kinds of blocks, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import imagen_fast
+from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate
+
+diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
+
+BLOCKS = {"sample_size": 16, "layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": (32, 64)}
+
+IF_BASE = {
+    **BLOCKS,
+    "in_channels": 3,
+    "out_channels": 6,
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "act_fn": "gelu",
+    "attention_head_dim": 8,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
+    "cross_attention_dim": 32,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 24,
+    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_act_fn": "gelu",
+}
+IF_SUPER_RESOLUTION = {
+    **IF_BASE,
+    "in_channels": 6,
+    "class_embed_type": "timestep",
+    "mid_block_only_cross_attention": True,
+    "only_cross_attention": True,
+    "resnet_out_scale_factor": 1.414,
+    "resnet_skip_time_act": True,
+}
+STABLE_DIFFUSION = {
+    **BLOCKS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+}
+KINDS = {"if": IF_BASE, "if-sr": IF_SUPER_RESOLUTION, "sd": STABLE_DIFFUSION}
+
+
+def build(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(**KINDS[kind]).eval()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def inputs(kind: str, dtype: torch.dtype = torch.float32, size: int = 16) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    values: dict[str, Any] = {
+        "sample": torch.randn(2, KINDS[kind]["in_channels"], size, size, generator=generator).to(dtype),
+        "timestep": torch.tensor([10, 800]),
+        "encoder_hidden_states": torch.randn(2, 9, 24, generator=generator).to(dtype),
+    }
+    if kind == "if-sr":
+        values["class_labels"] = torch.tensor([5, 250])
+    return values
+
+
+def run(model: nn.Module, kind: str, **changes: Any) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    return model(**{**inputs(kind, dtype), **changes}).sample
+
+
+def widened(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_is_as_accurate(kind: str, dtype: torch.dtype, channels_last: bool) -> None:
+    model = build(kind).to(dtype)
+    values = inputs(kind, dtype)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        values["sample"] = values["sample"].to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(**widened(values)).sample
+        eager = model(**values).sample
+        report = imagen_fast.accelerate(model)
+        ours = model(**values).sample
+    assert {op for swapped in report.swapped for op in swapped.ops} >= {"group_norm_act", "attention"}
+    assert not any(swapped.notes for swapped in report.swapped)
+    assert_model_as_accurate(ours, eager, truth)
+
+
+def test_gradients_are_as_accurate(kind: str) -> None:
+    def gradients(model: nn.Module) -> Tensor:
+        """All of them in one vector. (One alone may have none but round-off: a key's bias changes nothing.)"""
+        values = inputs(kind, next(model.parameters()).dtype)
+        shape = (2, model.config.out_channels, 16, 16)
+        weights = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(values["sample"].dtype)
+        (model(**values).sample * weights).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    model = build(kind)
+    eager, truth = gradients(copy.deepcopy(model)), gradients(copy.deepcopy(model).double())
+    imagen_fast.accelerate(model)
+    assert_model_as_accurate(gradients(model), eager, truth)
+
+
+def test_after_restore_nothing_has_changed(kind: str) -> None:
+    model = build(kind)
+    classes = [type(module) for module in model.modules()]
+    with torch.no_grad():
+        before = run(model, kind)
+        keys, processors = list(model.state_dict()), {k: type(v) for k, v in model.attn_processors.items()}
+        imagen_fast.accelerate(model)
+        run(model, kind)
+        assert list(model.state_dict()) == keys
+        assert {k: type(v) for k, v in model.attn_processors.items()} == processors
+        imagen_fast.restore(model)
+        assert torch.equal(run(model, kind), before)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_copies_and_pickles_are_accelerated_and_can_be_restored(kind: str) -> None:
+    model = build(kind)
+    with torch.no_grad():
+        before = run(model, kind)
+        imagen_fast.accelerate(model)
+        ours = run(model, kind)
+        for copied in (copy.deepcopy(model), pickle.load(io.BytesIO(pickle.dumps(model)))):
+            assert torch.equal(run(copied, kind), ours)
+            imagen_fast.restore(copied)
+            assert torch.equal(run(copied, kind), before)
+
+
+def first(model: nn.Module, cls: type[nn.Module]) -> Any:
+    return next(module for module in model.modules() if isinstance(module, cls))
+
+
+def hook_norm(model: nn.Module) -> None:
+    norm = first(model, diffusers.models.resnet.ResnetBlock2D).norm1
+    norm.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def hook_attention_norm(model: nn.Module) -> None:
+    norm = first(model, nn.GroupNorm)
+    norm.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
+
+
+def hook_query(model: nn.Module) -> None:
+    attention = first(model, diffusers.models.attention_processor.Attention)
+    attention.to_q.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def double_activation(model: nn.Module) -> None:
+    block = first(model, diffusers.models.resnet.ResnetBlock2D)
+    block.nonlinearity.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def slice_attention(model: nn.Module) -> None:
+    model.set_attention_slice(1)
+
+
+def scale_weights(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    "change", [hook_norm, hook_attention_norm, hook_query, double_activation, slice_attention, scale_weights]
+)
+def test_what_is_changed_before_or_after_works(kind: str, change: Callable[[nn.Module], None], order: str) -> None:
+    plain = build(kind)
+    model = copy.deepcopy(plain)
+    change(plain)
+    if order == "after":
+        imagen_fast.accelerate(model)
+    change(model)
+    if order == "before":
+        imagen_fast.accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, kind), run(plain, kind), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_reach_the_attention() -> None:
+    model = build("sd")
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0], [1] * 9])
+    with torch.no_grad():
+        expected = run(model, "sd", encoder_attention_mask=mask)
+        imagen_fast.accelerate(model)
+        torch.testing.assert_close(run(model, "sd", encoder_attention_mask=mask), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["default", "scale_shift"])
+@pytest.mark.parametrize("resample", ["none", "up", "down", "fir"])
+@pytest.mark.parametrize("activation", ["swish", "gelu", "mish"])
+def test_every_form_of_residual_block(norm: str, resample: str, activation: str) -> None:
+    torch.manual_seed(0)
+    block = diffusers.models.resnet.ResnetBlock2D(
+        in_channels=24,
+        out_channels=40,
+        temb_channels=16,
+        groups=8,
+        non_linearity=activation,
+        time_embedding_norm=norm,
+        up=resample in ("up", "fir"),
+        down=resample == "down",
+        kernel="fir" if resample == "fir" else None,
+        output_scale_factor=1.4,
+    ).eval()
+    holder = diffusers.UNet2DConditionModel(**STABLE_DIFFUSION)
+    holder.extra = block
+    x, temb = torch.randn(2, 24, 8, 8), torch.randn(2, 16)
+    with torch.no_grad():
+        expected = block(x, temb)
+        truth = copy.deepcopy(block).double()(x.double(), temb.double())
+        imagen_fast.accelerate(holder)
+        assert type(block).__name__ == "FusedResnetBlock2D"
+        assert_as_accurate(block(x, temb), expected, truth)
+
+
+def test_verify_measures_every_block(kind: str) -> None:
+    model = build(kind)
+    report = imagen_fast.accelerate(model, verify=True)
+    assert all(swapped.accuracy is not None for swapped in report.swapped)
+
+
+def test_a_saved_config_does_not_change(kind: str, tmp_path: Any) -> None:
+    model = build(kind)
+    model.save_config(tmp_path / "before")
+    imagen_fast.accelerate(model)
+    model.save_config(tmp_path / "after")
+    texts = [(tmp_path / name / "config.json").read_text() for name in ("before", "after")]
+    assert texts[0] == texts[1]

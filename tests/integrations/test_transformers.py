@@ -1,0 +1,269 @@
+"""transformers' T5 family on the ops: the same features and gradients, the library's own features, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import imagen_fast
+from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 384, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
+FAMILIES = {
+    "t5": (transformers.T5Config, transformers.T5EncoderModel),
+    "mt5": (transformers.MT5Config, transformers.MT5EncoderModel),
+    "umt5": (transformers.UMT5Config, transformers.UMT5EncoderModel),
+}
+SENTENCES = ("a cat", "一只戴着帽子的猫，坐在火箭上", "a rocket over the moon, in the style of an old postcard")
+
+
+def build(family: str, attention: str = "sdpa", **changes: Any) -> nn.Module:
+    config_class, model_class = FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, "feed_forward_proj": "gated-gelu", **changes}, attn_implementation=attention)
+    model = model_class(config).eval()
+    with torch.no_grad():  # a library's own start is nearly uniform attention
+        for name, parameter in model.named_parameters():
+            if "SelfAttention" in name:
+                parameter.mul_(3.0)
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def batch() -> dict[str, Tensor]:
+    """Bytes as ByT5 counts them, padded to the longest sentence."""
+    rows = [torch.tensor([*(byte + 3 for byte in sentence.encode()), 1]) for sentence in SENTENCES]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def features(model: nn.Module, **changes: Any) -> Tensor:
+    return model(**{**batch(), **changes}).last_hidden_state
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    """Nothing but round-off between them, in float32."""
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    found = features(model)
+    kept = batch()["attention_mask"][..., None].to(found.dtype)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+    (found * kept * weights).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_features_are_as_accurate(family: str, attention: str, dtype: torch.dtype) -> None:
+    model = build(family, attention).to(dtype)
+    with torch.no_grad():
+        eager, truth = features(model), features(copy.deepcopy(model).double())
+        report = imagen_fast.accelerate(model)
+        ours = features(model)
+    assert {op for swapped in report.swapped for op in swapped.ops} == {"attention", "gated_gelu", "rms_norm"}
+    assert not report.left
+    kept = batch()["attention_mask"].bool()
+    assert_model_as_accurate(ours[kept], eager[kept], truth[kept])
+
+
+def test_gradients_are_as_accurate(family: str) -> None:
+    model = build(family)
+    eager, truth = gradients(model), gradients(copy.deepcopy(model).double())
+    imagen_fast.accelerate(model)
+    ours = gradients(model)
+    assert ours.keys() == eager.keys()
+    assert any("relative_attention_bias" in name for name in ours)
+    for name, gradient in ours.items():
+        assert_as_accurate(gradient, eager[name], truth[name], name=name)
+
+
+def test_padding_does_not_reach_the_text(family: str) -> None:
+    model = build(family)
+    imagen_fast.accelerate(model)
+    ids = batch()["input_ids"]
+    length = len(SENTENCES[0]) + 1
+    with torch.no_grad():
+        padded = features(model)[0, :length]
+        alone = model(input_ids=ids[:1, :length]).last_hidden_state[0]
+    assert_close(padded, alone)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_after_restore_nothing_has_changed(family: str, attention: str, tmp_path: Path) -> None:
+    model = build(family, attention)
+    classes = [type(module) for module in model.modules()]
+    with torch.no_grad():
+        before = features(model)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        imagen_fast.accelerate(model)
+        assert imagen_fast.accelerate(model).left == ()
+        features(model)
+        assert model.state_dict().keys() == state.keys()
+        model.save_pretrained(tmp_path / "accelerated")
+        imagen_fast.restore(model)
+        imagen_fast.restore(model)
+        after = features(model)
+    model.save_pretrained(tmp_path / "restored")
+    assert torch.equal(before, after)
+    assert [type(module) for module in model.modules()] == classes
+    assert model.encoder.config._attn_implementation == attention
+    saved = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("accelerated", "restored")]
+    assert saved[0] == saved[1]
+    assert "imagen_fast" not in json.dumps(saved[0])
+
+
+def test_copies_and_pickles_are_accelerated_and_can_be_restored(family: str) -> None:
+    model = build(family)
+    with torch.no_grad():
+        before = features(model)
+        imagen_fast.accelerate(model)
+        ours = features(model)
+        for copied in (copy.deepcopy(model), pickle.load(io.BytesIO(pickle.dumps(model)))):
+            assert torch.equal(features(copied), ours)
+            imagen_fast.restore(copied)
+            assert torch.equal(features(copied), before)
+        assert torch.equal(features(model), ours)
+
+
+def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+@pytest.fixture(params=["before", "after"])
+def hooked(request: pytest.FixtureRequest, family: str) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The accelerated model and the plain one, with hooks on children that fused blocks read."""
+    plain = build(family)
+    model = copy.deepcopy(plain)
+    if request.param == "after":
+        imagen_fast.accelerate(model)
+    for each in (plain, model):
+        attention = each.encoder.block[0].layer[0].SelfAttention
+        attention.relative_attention_bias.register_forward_hook(double)
+        each.encoder.block[1].layer[1].DenseReluDense.act.register_forward_hook(double)
+    if request.param == "before":
+        notes = [note for swapped in imagen_fast.accelerate(model).swapped for note in swapped.notes]
+        assert len(notes) == 2
+        assert all("it has hooks" in note for note in notes)
+    return model, plain
+
+
+def test_hooks_on_children_work(hooked: tuple[nn.Module, nn.Module]) -> None:
+    with torch.no_grad():
+        ours, expected = map(features, hooked)
+    kept = batch()["attention_mask"].bool()
+    assert_close(ours[kept], expected[kept])
+
+
+def test_attention_weights_and_hidden_states_can_be_had(family: str) -> None:
+    model = build(family, "eager")
+    asked = {**batch(), "output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        expected = model(**asked)
+        imagen_fast.accelerate(model)
+        ours = model(**asked)
+    assert len(ours.attentions) == len(expected.attentions) == SIZES["num_layers"]
+    assert len(ours.hidden_states) == len(expected.hidden_states)
+    kept = batch()["attention_mask"].bool()
+    for a, b in zip(ours.hidden_states, expected.hidden_states, strict=True):
+        assert_close(a[kept], b[kept])
+    for a, b in zip(ours.attentions, expected.attentions, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_of_the_callers_own_is_kept(family: str, kind: str) -> None:
+    """Each token sees itself and what stands up to five places before it."""
+    model = build(family)
+    length = batch()["input_ids"].shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = ((distance >= 0) & (distance <= 5)).expand(len(SENTENCES), 1, -1, -1)
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = features(model, attention_mask=mask)
+        imagen_fast.accelerate(model)
+        assert_close(features(model, attention_mask=mask), expected)
+
+
+def test_dropout_is_the_librarys(family: str) -> None:
+    model = build(family, dropout_rate=0.3).train()
+    torch.manual_seed(5)
+    expected = features(model)
+    imagen_fast.accelerate(model)
+    torch.manual_seed(5)
+    assert_close(features(model), expected)
+
+
+def test_another_attention_can_be_chosen_later(family: str) -> None:
+    model = build(family)
+    with torch.no_grad():
+        expected = features(model)
+        imagen_fast.accelerate(model)
+        model.set_attn_implementation("eager")
+        ours = features(model)
+    kept = batch()["attention_mask"].bool()
+    assert_close(ours[kept], expected[kept])
+
+
+def test_heads_that_the_op_does_not_have_are_reported() -> None:
+    model = build("t5", d_kv=12)
+    with torch.no_grad():
+        expected = features(model)
+        report = imagen_fast.accelerate(model)
+        assert_close(features(model), expected)
+    assert any("12 wide" in note for swapped in report.swapped for note in swapped.notes)
+
+
+def test_other_activations_are_called_as_they_are() -> None:
+    model = build("t5", feed_forward_proj="gated-silu")
+    with torch.no_grad():
+        expected = features(model)
+        report = imagen_fast.accelerate(model)
+        assert_close(features(model), expected)
+    assert any("is no GELU" in note for swapped in report.swapped for note in swapped.notes)
+
+
+def test_a_decoder_keeps_its_attention() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(**SIZES, feed_forward_proj="gated-gelu", num_decoder_layers=2)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    asked = {**batch(), "max_new_tokens": 6, "do_sample": False, "decoder_start_token_id": 0}
+    expected = model.generate(**asked)
+    imagen_fast.accelerate(model)
+    assert model.encoder.config._attn_implementation == "imagen_fast_sdpa"
+    assert model.decoder.config._attn_implementation == "sdpa"
+    assert torch.equal(model.generate(**asked), expected)
+
+
+def test_verify_measures_every_block(family: str) -> None:
+    model = build(family)
+    report = imagen_fast.accelerate(model, verify=True)
+    assert all(swapped.accuracy is not None for swapped in report.swapped if not swapped.name.endswith("SelfAttention"))
+    assert "transformers" in str(report.class_name)
+
+
+def test_it_compiles_to_one_graph() -> None:
+    model = build("t5", num_layers=1)
+    imagen_fast.accelerate(model)
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        compiled = torch.compile(lambda ids: model(input_ids=ids).last_hidden_state, fullgraph=True)
+        assert_close(compiled(ids), model(input_ids=ids).last_hidden_state)
