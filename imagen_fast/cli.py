@@ -74,7 +74,25 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     )
     _add_sampling(parser)
     parser.add_argument("--guidance", type=_number, metavar="W", help="weight of the prompt (default: the model's)")
-    parser.add_argument("--solver", choices=("ddpm", "ddim"), help="how to step (default: the model's)")
+    parser.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=_number,
+        metavar=("LOW", "HIGH"),
+        help="guide only where the noise is LOW to HIGH times the signal (default: everywhere)",
+    )
+    parser.add_argument(
+        "--solver",
+        choices=("ddpm", "ddim", "dpm"),
+        help="how to step; dpm is DPM-Solver++ 2M (default: the model's or, with --steps, what suits so many)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_threshold,
+        metavar="T",
+        help="how each step's picture is kept in range: none, static, or the percentile of dynamic thresholding, "
+        "such as 0.995, or 0.95:1.5 with a maximum (default: the model's)",
+    )
     parser.add_argument(
         "--accelerate", action=argparse.BooleanOptionalAction, default=True, help="use the kernels (default: yes)"
     )
@@ -100,7 +118,9 @@ def _sample(args: argparse.Namespace) -> None:
         seed=args.seed,
         steps=args.steps,
         guidance=args.guidance,
+        guidance_interval=args.guidance_interval and tuple(args.guidance_interval),
         solver=args.solver,
+        threshold=args.threshold,
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - start
@@ -110,6 +130,27 @@ def _sample(args: argparse.Namespace) -> None:
         pictures.save_picture(image, name)
         print(f"{name}: {image.width}x{image.height}, seed {args.seed}")
     print(f"sampled in {seconds:.1f} s")
+
+
+def _add_compare_solvers(parser: argparse.ArgumentParser) -> None:
+    from .compare_solvers import STEPS
+
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw (default: that of the demo)")
+    parser.add_argument("--out", default="out/solvers.png", help="the picture grid to write (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=_count, nargs="+", default=STEPS, metavar="N", help="numbers of steps (default: 5 10 20 50)"
+    )
+    _add_model_and_seed(parser)
+
+
+def _compare_solvers(args: argparse.Namespace) -> None:
+    _set_threads(args.threads)
+    from . import compare_solvers, demo
+
+    prompts = args.prompts or demo.PROMPTS
+    compare_solvers.run(
+        prompts, args.out, model=args.model, steps=args.steps, seed=args.seed, progress=sys.stderr.isatty()
+    )
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +274,9 @@ class Command:
 COMMANDS = {
     "sample": Command("draw pictures from sentences", _add_sample, _sample),
     "demo": Command("draw four pictures with and without the kernels, and compare", _add_demo, _demo),
+    "compare-solvers": Command(
+        "draw with every solver in few and in many steps, side by side", _add_compare_solvers, _compare_solvers
+    ),
     "env": Command("show machine, versions and backends; for a missing backend, why", _add_env, _env),
     "bench": Command("time the kernels against PyTorch and the limits of the machine", _add_bench, _bench),
     "data": Command("build a data set to train on", _add_data, _data),
@@ -268,11 +312,15 @@ def _parser(arguments: Sequence[str]) -> Parser:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_model_and_seed(parser)
+    parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps a stage (default: the model's)")
+
+
+def _add_model_and_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="fixes the pictures (default: %(default)s)")
     parser.add_argument(
         "--model", default="emoji", metavar="DIR", help="a model's directory, or emoji: the one that ships (default)"
     )
-    parser.add_argument("--steps", type=_count, metavar="N", help="sampling steps a stage (default: the model's)")
     parser.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: PyTorch's choice)")
 
 
@@ -302,6 +350,20 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value
+
+
+def _threshold(text: str) -> Any:
+    """What `Imagen.sample` takes as threshold."""
+    if text in ("none", "static"):
+        return text
+    percentile, colon, maximum = text.partition(":")
+    values = [_number(percentile)] + ([_number(maximum)] if colon else [])
+    from .reference.guidance import DynamicThreshold
+
+    try:
+        return DynamicThreshold(values[0], max_value=values[1] if colon else None)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parsed(kind: Callable[[str], Any], text: str) -> Any:

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pictures import check_picture_path, save_picture
+from .pictures import check_picture_path, labelled_grid, render_label, save_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The text of a label that is not ASCII is shipped as a picture (see `render_label`), since Pillow's own font has no
-# Chinese and the machine may have no fonts at all.
+# The text of a label that is not ASCII is shipped as a picture, since Pillow's own font has no Chinese and the machine
+# may have no fonts at all. They were made from Droid Sans Fallback (Apache License 2.0):
+#
+#     render_label("一个红苹果", ImageFont.truetype("DroidSansFallbackFull.ttf", LABEL_SIZE)).save(...)
 PROMPTS = ("a cute cat", "一只可爱的猫咪", "a space rocket", "一个红苹果")
 SHIPPED_LABELS = {"一只可爱的猫咪": "cat.png", "一个红苹果": "apple.png"}
 _LABELS = Path(__file__).parent / "assets" / "labels"
 
-LABEL_SIZE = 20  # pixels
-PICTURE_SIZE = 256
-MARGIN = 12
+PICTURE_SIZE = 256  # pixels
 
 
 @dataclass(frozen=True)
@@ -128,45 +128,16 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 def draw(comparisons: Sequence[Comparison]) -> Image:
     """The labelled grid: a column for each prompt, above the eager picture and below the accelerated one."""
-    from PIL import Image, ImageOps
-
-    rows = ("eager", "accelerated")
-    names = [_label(name) for name in rows]
-    headings = [_label(c.prompt) for c in comparisons]
-    left = max(name.width for name in names) + 2 * MARGIN
-    column = max(PICTURE_SIZE, *(heading.width for heading in headings)) + MARGIN
-    top, row = LABEL_SIZE + 3 * MARGIN, PICTURE_SIZE + MARGIN
-    sheet = Image.new("RGB", (left + column * len(comparisons), top + row * len(rows)), "white")
-    for y, name in enumerate(names):
-        sheet.paste("black", (MARGIN, top + y * row + (PICTURE_SIZE - name.height) // 2), name)
-    for x, (comparison, heading) in enumerate(zip(comparisons, headings, strict=True)):
-        sheet.paste("black", (left + x * column, (top - heading.height) // 2), heading)
-        for y, picture in enumerate(comparison.pictures):
-            shown = ImageOps.contain(picture.convert("RGB"), (PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (left + x * column, top + y * row))
-    return sheet
-
-
-def render_label(text: str, font: Any) -> Image:
-    """`text` as a picture of its coverage, 0 to 255, one line high.
-
-    The shipped labels were made by it from Droid Sans Fallback (Apache License 2.0):
-
-        render_label("一个红苹果", ImageFont.truetype("DroidSansFallbackFull.ttf", LABEL_SIZE)).save(...)
-    """
-    from PIL import Image, ImageDraw
-
-    left, _, right, _ = font.getbbox(text)
-    label = Image.new("L", (int(right - left) + 2, sum(font.getmetrics())))
-    ImageDraw.Draw(label).text((1 - left, 0), text, fill=255, font=font)
-    return label
+    labels = [render_label(name) for name in ("eager", "accelerated")]
+    rows = [[c.pictures[which] for c in comparisons] for which in (0, 1)]
+    return labelled_grid(rows, labels, [_label(c.prompt) for c in comparisons], PICTURE_SIZE)
 
 
 def _label(text: str) -> Image:
-    from PIL import Image, ImageFont
+    from PIL import Image
 
     if text.isascii():
-        return render_label(text, ImageFont.load_default(LABEL_SIZE))
+        return render_label(text)
     with Image.open(_LABELS / SHIPPED_LABELS[text]) as label:
         return label.copy()
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import imagen_fast
-from imagen_fast import cli, demo, environment, pictures
+from imagen_fast import cli, compare_solvers, demo, environment, pictures
+from imagen_fast.diffusion import DynamicThreshold
 from imagen_fast.errors import CheckpointError
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
@@ -84,11 +85,20 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 def test_sample_writes_the_picture_and_passes_the_options_on(imagen, tmp_path, capsys):
     out = tmp_path / "cat.png"
-    options = ["--seed", "7", "--steps", "3", "--guidance", "2.5", "--solver", "ddim"]
+    options = ["--seed", "7", "--steps", "3", "--guidance", "2.5", "--solver", "dpm"]
+    options += ["--guidance-interval", "0.2", "5", "--threshold", "0.95:1.5"]
     assert cli.main(["sample", "一只可爱的猫咪", "--out", str(out), *options]) == 0
     (call,) = imagen.calls
     assert call.pop("progress") in (True, False)
-    assert call == {"prompts": ["一只可爱的猫咪"], "seed": 7, "steps": 3, "guidance": 2.5, "solver": "ddim"}
+    assert call == {
+        "prompts": ["一只可爱的猫咪"],
+        "seed": 7,
+        "steps": 3,
+        "guidance": 2.5,
+        "guidance_interval": (0.2, 5.0),
+        "solver": "dpm",
+        "threshold": DynamicThreshold(0.95, max_value=1.5),
+    }
     assert imagen.accelerated
     assert Image.open(out).size == (16, 16)
     assert f"{out}: 16x16, seed 7" in capsys.readouterr().out
@@ -97,8 +107,18 @@ def test_sample_writes_the_picture_and_passes_the_options_on(imagen, tmp_path, c
 def test_sample_leaves_every_choice_to_the_model(imagen, tmp_path):
     cli.main(["sample", "a cat", "--out", str(tmp_path / "cat.png"), "--no-accelerate"])
     (call,) = imagen.calls
-    assert (call["seed"], call["steps"], call["guidance"], call["solver"]) == (0, None, None, None)
+    assert call["seed"] == 0
+    assert {call[name] for name in ("steps", "guidance", "guidance_interval", "solver", "threshold")} == {None}
     assert not imagen.accelerated
+
+
+@pytest.mark.parametrize(
+    ("text", "threshold"),
+    [("none", "none"), ("static", "static"), ("0.995", DynamicThreshold(0.995))],
+)
+def test_sample_takes_a_threshold(imagen, tmp_path, text, threshold):
+    assert cli.main(["sample", "a cat", "--out", str(tmp_path / "cat.png"), "--threshold", text]) == 0
+    assert imagen.calls[0]["threshold"] == threshold
 
 
 def test_sample_takes_an_empty_prompt(imagen, tmp_path):
@@ -146,6 +166,10 @@ def test_every_offered_format_can_be_written(imagen, tmp_path, suffix):
         pytest.param(["sample", "a", "--out", "x.png", "--threads", "0"], "at least 1, got 0", id="no-threads"),
         pytest.param(["sample", "a", "--out", "x.png", "--guidance", "nan"], "finite number, got nan", id="guidance"),
         pytest.param(["sample", "a", "--out", "x.png", "--solver", "euler"], "invalid choice: 'euler'", id="solver"),
+        pytest.param(["sample", "a", "--out", "x.png", "--threshold", "2"], "percentile must be", id="percentile"),
+        pytest.param(["sample", "a", "--out", "x.png", "--threshold", "0.9:0.5"], "max_value must be", id="maximum"),
+        pytest.param(["sample", "a", "--out", "x.png", "--threshold", "some"], "a number, got 'some'", id="threshold"),
+        pytest.param(["compare-solvers", "--steps", "0"], "at least 1, got 0", id="compare-no-steps"),
         pytest.param(["data", "faces", "--out", "x"], "invalid choice: 'faces'", id="unknown-data"),
         pytest.param(["data", "emoji"], "required: --out", id="data-no-out"),
         pytest.param(["train"], "required: CONFIG", id="no-config"),
@@ -158,7 +182,7 @@ def test_a_wrong_argument_is_one_line(imagen, mistake, tmp_path, monkeypatch, ar
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", [["sample", "a cat"], ["demo"]], ids=["sample", "demo"])
+@pytest.mark.parametrize("verb", [["sample", "a cat"], ["demo"], ["compare-solvers"]], ids=lambda verb: verb[0])
 @pytest.mark.parametrize(
     ("out", "message"),
     [
@@ -339,6 +363,18 @@ def test_demo_draws_each_prompt_both_ways_from_one_seed(imagen, tmp_path, capsys
     assert Image.open(out).width > 4 * demo.PICTURE_SIZE
 
 
+def test_compare_solvers_draws_every_solver_in_every_number_of_steps(imagen, tmp_path, capsys):
+    out = tmp_path / "solvers.png"
+    assert cli.main(["compare-solvers", "a cat", "a dog", "--out", str(out), "--steps", "2", "7", "--seed", "3"]) == 0
+    assert [(call["solver"], call["steps"]) for call in imagen.calls] == [
+        (solver, steps) for solver in ("ddpm", "ddim", "dpm") for steps in (2, 7)
+    ]
+    assert {(tuple(call["prompts"]), call["seed"]) for call in imagen.calls} == {(("a cat", "a dog"), 3)}
+    assert imagen.accelerated
+    assert Image.open(out).width > 4 * compare_solvers.PICTURE_SIZE
+    assert "ddim, 7 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "quiet"])
 def test_demo_says_when_other_work_was_running(imagen, tmp_path, capsys, monkeypatch, busy):
     monkeypatch.setattr("os.getloadavg", lambda: (1000.0 if busy else 0.0, 0.0, 0.0))
@@ -381,7 +417,7 @@ def test_demo_table_sums_the_seconds_and_takes_the_worst_difference():
 @pytest.mark.parametrize("prompt", demo.PROMPTS)
 def test_every_prompt_of_the_demo_has_a_label(prompt):
     label = np.asarray(demo._label(prompt))  # no font of the system is looked for
-    assert label.shape[0] >= demo.LABEL_SIZE
-    assert label.shape[1] > 4 * demo.LABEL_SIZE
+    assert label.shape[0] >= pictures.LABEL_SIZE
+    assert label.shape[1] > 4 * pictures.LABEL_SIZE
     assert label.max() > 200
     assert (label == 0).mean() > 0.5

@@ -2,7 +2,8 @@
 
 from ..reference.guidance import DynamicThreshold, Guidance
 from .if_timesteps import IF_TIMESTEPS
-from .sampling import Noise, sample_loop
+from .noise import Noise
+from .sampling import sample_loop
 from .schedules import (
     cosine,
     cosine_start,

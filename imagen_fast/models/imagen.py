@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import from_dict, read_json, to_dict
-from ..diffusion.sampling import Model, Noise, sample_loop
+from ..diffusion.noise import AUGMENTATION, Noise
+from ..diffusion.sampling import Model, sample_loop
 from ..errors import CheckpointError
 from ..files import atomic_directory
+from ..reference.guidance import DynamicThreshold
 from . import checkpoint
-from .cascade_config import ImagenConfig, StageConfig, StagePlan
+from .cascade_config import ImagenConfig, StageConfig, StagePlan, check_interval
 from .t5 import T5Encoder
 from .t5.checkpoint import WRITTEN as TEXT_ENCODER_WRITTEN
 
@@ -135,7 +137,9 @@ class Imagen(nn.Module):
         seed: int | Sequence[int] = 0,
         steps: int | Sequence[int] | None = None,
         guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         solver: str | None = None,
+        threshold: str | DynamicThreshold | None = None,
         progress: bool = True,
         until: str | None = None,
     ) -> list[Image]:
@@ -148,7 +152,11 @@ class Imagen(nn.Module):
                 whatever else is in the batch.
             steps: evaluations of each stage's U-Net, or one number per stage; None takes the stages' own.
             guidance: classifier-free guidance scale of all stages, or one per stage; None takes the stages' own.
-            solver: "ddpm" or "ddim" for all stages; None takes the stages' own.
+            guidance_interval: the lowest and highest noise level σ (noise over signal) at which to guide; steps outside
+                of it take one evaluation instead of two. None guides at all.
+            solver: for all stages: "ddpm", "ddim", or "dpm" for DPM-Solver++ 2M. None takes the stages' own; for stages
+                whose number of steps is given here, `default_solver` of it.
+            threshold: of all stages: "none", "static" or a `DynamicThreshold`; None takes the stages' own.
             progress: show a progress bar over all stages' steps.
             until: name of the stage to stop after; None runs them all.
 
@@ -157,19 +165,27 @@ class Imagen(nn.Module):
             ValueError: an argument is out of range, or there is not one value per stage or per prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        plans = self.config.plan(steps=steps, guidance=guidance, solver=solver, until=until)
+        plans = self.config.plan(steps=steps, guidance=guidance, solver=solver, threshold=threshold, until=until)
+        interval = check_interval(guidance_interval)
         seeds = self._seeds(seed, len(prompts))
         with _evaluating(self):
-            return to_pictures(self._run(plans, prompts, seeds, progress))
+            return to_pictures(self._run(plans, prompts, seeds, interval, progress))
 
-    def _run(self, plans: list[StagePlan], prompts: list[str], seeds: list[int], progress: bool) -> Tensor:
+    def _run(
+        self,
+        plans: list[StagePlan],
+        prompts: list[str],
+        seeds: list[int],
+        guidance_interval: tuple[float, float] | None,
+        progress: bool,
+    ) -> Tensor:
         """The pictures (B, 3, H, W) of the last stage, in [−1, 1]."""
         text, mask = self._encode(prompts)
-        noise = Noise(seeds, self.device)
         picture: Tensor | None = None
         total = sum(len(plan.table) for plan in plans)
         with tqdm(total=total, disable=not progress, unit="step") as bar:
-            for plan in plans:
+            for number, plan in enumerate(plans):
+                noise = Noise(seeds, self.device).of_stage(number)
                 bar.set_description(f"{plan.stage.name} {plan.stage.size}×{plan.stage.size}")
                 model = self._model(plan.stage, plan.guidance, text, mask, picture, noise)
                 picture = sample_loop(
@@ -178,7 +194,8 @@ class Imagen(nn.Module):
                     noise,
                     (plan.stage.channels, plan.stage.size, plan.stage.size),
                     guidance=plan.guidance,
-                    threshold=plan.stage.thresholding,
+                    guidance_interval=guidance_interval,
+                    threshold=plan.threshold,
                     on_step=bar.update,
                 )
         assert picture is not None
@@ -199,7 +216,7 @@ class Imagen(nn.Module):
         # Noise-conditioning augmentation: noise at low resolution, then upsampling, and the U-Net is told how much.
         timestep = int(stage.augmentation * stage.train_timesteps)
         alpha = stage.alphas_cumprod()[timestep].item() if timestep else 1.0
-        low = alpha**0.5 * low + (1 - alpha) ** 0.5 * noise(*low.shape[1:])
+        low = alpha**0.5 * low + (1 - alpha) ** 0.5 * noise(*low.shape[1:], use=AUGMENTATION)
         low = F.interpolate(low, size=(stage.size, stage.size), mode="bilinear", align_corners=False)
         level = torch.full((low.shape[0],), timestep, dtype=torch.long, device=low.device)
         return guided_model(unet, text, mask, guidance, low=low, augmentation=level)
@@ -257,20 +274,20 @@ def guided_model(
     """
     dtype = next(unet.parameters()).dtype
     takes_text = unet.text is not None
-    doubled = takes_text and guidance != 1
-    extra: dict[str, Tensor] = {}
-    if takes_text:
-        extra["text"] = (torch.cat((text, text)) if doubled else text).to(dtype)
-        extra["text_mask"] = torch.cat((mask, torch.zeros_like(mask))) if doubled else mask
+    once: dict[str, Tensor] = {"text": text.to(dtype), "text_mask": mask} if takes_text else {}
     if augmentation is not None:
-        extra["augmentation"] = torch.cat((augmentation, augmentation)) if doubled else augmentation
+        once["augmentation"] = augmentation
+    twice: dict[str, Tensor] = {}
+    if takes_text and guidance != 1:
+        twice = {name: torch.cat((tensor, tensor)) for name, tensor in once.items()}
+        twice["text_mask"] = torch.cat((mask, torch.zeros_like(mask)))
 
-    def model(sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+    def model(sample: Tensor, timestep: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
         x = sample if low is None else torch.cat((sample, low), dim=1)
         x = x.to(dtype)
-        if not doubled:
-            return unet(x, timestep, **extra), None
-        conditional, unconditional = unet(torch.cat((x, x)), torch.cat((timestep, timestep)), **extra).chunk(2)
+        if not guided or not twice:
+            return unet(x, timestep, **once), None
+        conditional, unconditional = unet(torch.cat((x, x)), torch.cat((timestep, timestep)), **twice).chunk(2)
         return conditional, unconditional
 
     return model

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion.sampling import Noise, sample_loop
+from ..diffusion.noise import Noise
+from ..diffusion.sampling import sample_loop
 from ..diffusion.schedules import squaredcos_cap_v2
 from ..diffusion.step_table import StepTable
 from ..files import atomic_file
@@ -54,7 +55,7 @@ def _super_resolution_samples(stage: SuperResolutionStage, modules: nn.ModuleDic
     low = low.to(stage.device)
     level = torch.zeros(len(low), dtype=torch.long, device=stage.device)
 
-    def model(x: Tensor, timestep: Tensor) -> tuple[Tensor, None]:
+    def model(x: Tensor, timestep: Tensor, guided: bool) -> tuple[Tensor, None]:
         return modules["unet"](torch.cat((x, low), dim=1), timestep, augmentation=level), None
 
     noise = Noise(range(len(low)), stage.device)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import imagen_fast
+from imagen_fast.diffusion import DynamicThreshold, Noise
 from imagen_fast.errors import CheckpointError, OutputError
 from imagen_fast.models import Imagen, ImagenConfig, T5Config, T5Encoder
 
@@ -68,6 +70,53 @@ def test_steps_solver_and_until(imagen):
     assert imagen.sample("a cat", progress=False, until="base")[0].size == (8, 8)
 
 
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm"])
+def test_every_solver_gives_a_prompt_the_same_picture_alone_and_in_a_batch(imagen, solver):
+    together = sample(imagen, ["a cat", "a dog"], seed=5, steps=4, solver=solver)
+    alone = sample(imagen, ["a dog"], seed=6, steps=4, solver=solver)
+    assert abs(alone[0] - together[1]).max() <= 1
+    assert (together != sample(imagen, ["a cat", "a dog"], seed=7, steps=4, solver=solver)).any()
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm"])
+def test_the_kernel_and_plain_pytorch_draw_the_same_picture(imagen, solver):
+    with imagen_fast.use_backend("eager"):
+        plain = sample(imagen, ["a cat", "一只猫"], seed=2, steps=6, solver=solver)
+    assert abs(sample(imagen, ["a cat", "一只猫"], seed=2, steps=6, solver=solver) - plain).mean() < 0.01
+
+
+def test_the_stages_of_a_cascade_have_noise_of_their_own(imagen):
+    first, second = (Noise([3, 4]).of_stage(stage) for stage in (0, 1))
+    assert first.seeds.tolist() == [3, 4]
+    assert not set(second.seeds.tolist()) & {3, 4}
+    assert Noise([4]).of_stage(1).seeds[0] == second.seeds[1]
+
+
+def test_outside_of_its_interval_guidance_costs_nothing(imagen, monkeypatch):
+    sizes = []
+    forward = imagen.unets["base"].forward
+
+    def counted(x, *rest, **named):
+        sizes.append(len(x))
+        return forward(x, *rest, **named)
+
+    monkeypatch.setattr(imagen.unets["base"], "forward", counted)
+    everywhere = sample(imagen, ["a cat"], guidance=3.0, steps=4, until="base")
+    assert sizes == [2, 2, 2, 2]
+    sizes.clear()
+    inside = sample(imagen, ["a cat"], guidance=3.0, steps=4, until="base", guidance_interval=(0.5, 3.0))
+    assert sizes == [1, 2, 2, 1]
+    assert (inside != everywhere).any()
+    nowhere = sample(imagen, ["a cat"], guidance=3.0, steps=4, until="base", guidance_interval=(0.0, 0.0))
+    assert (nowhere == sample(imagen, ["a cat"], guidance=1.0, steps=4, until="base")).all()
+
+
+def test_a_threshold_replaces_the_stages_own(imagen):
+    dynamic = sample(imagen, ["a cat"], threshold=DynamicThreshold(1.0))
+    assert (dynamic != sample(imagen, ["a cat"], threshold="static")).any()
+    assert (dynamic != sample(imagen, ["a cat"], threshold="none")).any()
+
+
 def test_the_progress_bar_counts_every_step(imagen, capsys):
     imagen.sample(["a cat"], steps=[4, 3])
     assert "7/7" in capsys.readouterr().err
@@ -87,6 +136,9 @@ def test_a_prompt_too_long_is_cut_with_a_warning(imagen):
         ({"steps": [1, 2, 3]}, ValueError, "steps"),
         ({"guidance": [1.0]}, ValueError, "guidance"),
         ({"solver": "euler"}, ValueError, "solver"),
+        ({"threshold": "dynamic"}, ValueError, "threshold"),
+        ({"guidance_interval": (2.0, 1.0)}, ValueError, "guidance_interval"),
+        ({"guidance_interval": (-1.0, 1.0)}, ValueError, "guidance_interval"),
         ({"until": "top"}, ValueError, "until"),
         ({"seed": [1, 2]}, ValueError, "seed"),
     ],
