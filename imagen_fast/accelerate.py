@@ -17,7 +17,17 @@ from torch.nn.utils import parametrize
 
 from ._verify import measure
 from .errors import UserError
-from .integrations import Fused, Integration, give_back, integration_of, own_methods, supported, take_form
+from .integrations import (
+    Form,
+    FusedMethod,
+    Integration,
+    give_back,
+    has_form,
+    integration_of,
+    own_methods,
+    supported,
+    take_form,
+)
 
 __all__ = ["AccelerationError", "Accuracy", "Left", "Report", "Swapped", "accelerate", "restore"]
 
@@ -203,7 +213,7 @@ def accelerate(obj: Any, *, verify: Any = None, strict: bool = False) -> Report:
         raise ValueError("verify needs the weights of obj, and some are on the meta device")
     swapped, changed = [], []
     for name, module, fused, notes in candidates:
-        if not isinstance(module, Fused):
+        if not has_form(module, fused):
             take_form(module, fused)
             changed.append(module)
         swapped.append(Swapped(name, _path(fused.original), _path(fused), fused.ops, tuple(notes)))
@@ -235,8 +245,8 @@ def restore(obj: Any) -> None:
     Raises:
         TypeError: no integration serves `obj`, and it is not a module.
     """
-    for module in _modules(obj):
-        give_back(module)
+    for piece in _pieces(obj):
+        give_back(piece)
     _detach(obj)
 
 
@@ -250,16 +260,21 @@ def _detach(obj: Any) -> None:
 
 def _modules(obj: Any) -> list[nn.Module]:
     """All modules in a model or in the parts of a system."""
+    return [piece for piece in _pieces(obj) if isinstance(piece, nn.Module)]
+
+
+def _pieces(obj: Any) -> list[Any]:
+    """All modules in a model or in the parts of a system, and the parts that are no modules."""
     parts = [obj] if isinstance(obj, nn.Module) else _integration(obj).parts(obj).values()
-    return [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
+    return [piece for part in parts for piece in (part.modules() if isinstance(part, nn.Module) else (part,))]
 
 
 class _Candidate(NamedTuple):
     """A module that has a fused form, now or in a moment."""
 
     name: str
-    module: nn.Module
-    fused: type[Fused]
+    module: Any
+    fused: Form
     notes: list[str]
 
 
@@ -284,11 +299,13 @@ def _survey(obj: Any, integration: Integration) -> tuple[list[_Candidate], list[
         part_integration = integration_of(part)
         if part_integration is None:
             continue
-        for name, module in part.named_modules(memo=seen, prefix=part_name):
+        is_module = isinstance(part, nn.Module)
+        pieces = part.named_modules(memo=seen, prefix=part_name) if is_module else ((part_name, part),)
+        for name, module in pieces:
             form = part_integration.form_of(module)
             if form is None:
                 continue
-            reason = None if isinstance(module, form) else _why_left(module, form)
+            reason = None if has_form(module, form) else _why_left(module, form)
             if reason is None:
                 candidates.append(_Candidate(name, module, form, form.obstacles(module)))
             else:
@@ -296,7 +313,13 @@ def _survey(obj: Any, integration: Integration) -> tuple[list[_Candidate], list[
     return candidates, left
 
 
-def _why_left(module: nn.Module, form: type[Fused]) -> str | None:
+def _why_left(module: Any, form: Form) -> str | None:
+    if issubclass(form, FusedMethod):
+        if type(module) is not form.original:
+            return f"it is a subclass of {form.original.__name__}, which may compute something else"
+        if form.method in vars(module):
+            return f"its {form.method} is replaced on the instance"
+        return form.why_left(module)
     if parametrize.is_parametrized(module):
         return "it is parametrized"
     if type(module) is not form.original:
@@ -337,7 +360,7 @@ def _with_accuracy(
     obj: Any, integration: Integration, candidates: list[_Candidate], swapped: list[Swapped], inputs: Any
 ) -> list[Swapped]:
     """`swapped` with what was measured; restores `obj` and raises if a module falls short."""
-    modules = {candidate.name: candidate.module for candidate in candidates}
+    modules = {c.name: c.module for c in candidates if isinstance(c.module, nn.Module)}
     accuracies, failures = measure(integration.runs(obj, inputs), modules, _modules(obj))
     if failures:
         restore(obj)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from .coefficients import Row, empty_row, epsilon_coefficients, log, x0_coeffici
 from .schedules import check_alphas_cumprod, karras_sigmas, relative_sigmas, spaced_timesteps
 
 _SMALLEST_VARIANCE = 1e-20  # diffusers clamps here before taking the logarithm
-_FEW_STEPS = 15  # below which diffusers' multistep solvers end in order 1
+FEW_STEPS = 15  # below which diffusers' multistep solvers end in order 1
 
 
 class Levels(NamedTuple):
@@ -103,11 +104,7 @@ def dpm_solver_pp(
     euler_at_final: bool,
     final_sigma: str,
 ) -> list[Row]:
-    """See `StepTable.dpm_solver_pp`. With λ = ln(α / σ), h = λ_next − λ and D1 = (x0 − x0') h / (λ − λ'):
-
-    next = σ_next / σ x − α_next (e^−h − 1) (x0 + ½ D1)                                  midpoint
-    next = σ_next / σ e^−h x + α_next (1 − e^−2h) (x0 + ½ D1) + σ_next √(1 − e^−2h) ε    stochastic
-    """
+    """See `StepTable.dpm_solver_pp`."""
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     if solver_type not in ("midpoint", "heun"):
@@ -120,11 +117,35 @@ def dpm_solver_pp(
     if karras:
         sigmas = karras_sigmas(len(sigmas), float(every[0]), float(every[-1])).numpy()
         timesteps = [round(t) for t in np.interp(np.log(sigmas), np.log(every), np.arange(len(every)))]
-    ends = [*sigmas[1:].tolist(), 0.0 if final_sigma == "zero" else float(every[0])]
+    end = 0.0 if final_sigma == "zero" else float(every[0])
+    few = lower_order_final and len(timesteps) < FEW_STEPS
+    ends_low = few or euler_at_final or final_sigma == "zero"
+    levels = [*sigmas.tolist(), end]
+    return multistep(timesteps, levels, prediction, order=order, sde=sde, solver_type=solver_type, ends_low=ends_low)
 
+
+def multistep(
+    timesteps: Sequence[float],
+    sigmas: Sequence[float],
+    prediction: str,
+    *,
+    order: int,
+    sde: bool,
+    solver_type: str,
+    ends_low: bool,
+) -> list[Row]:
+    """Rows of DPM-Solver++ for noise levels σ / α, one more than timesteps: that where the last step ends.
+
+    With λ = ln(α / σ), h = λ_next − λ and D1 = (x0 − x0') h / (λ − λ'):
+
+        next = σ_next / σ x − α_next (e^−h − 1) (x0 + ½ D1)                                  midpoint
+        next = σ_next / σ e^−h x + α_next (1 − e^−2h) (x0 + ½ D1) + σ_next √(1 − e^−2h) ε    stochastic
+
+    D1 is left out in order 1, in the first step and, where it `ends_low`, in the last.
+    """
     rows: list[Row] = []
     previous_log_snr = None
-    for i, (timestep, ratio, ratio_next) in enumerate(zip(timesteps, sigmas.tolist(), ends, strict=True)):
+    for i, (timestep, (ratio, ratio_next)) in enumerate(zip(timesteps, itertools.pairwise(sigmas), strict=True)):
         alpha, alpha_next = (ratio**2 + 1) ** -0.5, (ratio_next**2 + 1) ** -0.5
         sigma, sigma_next = ratio * alpha, ratio_next * alpha_next
         log_snr, log_snr_next = -log(ratio), -log(ratio_next)
@@ -138,9 +159,7 @@ def dpm_solver_pp(
         if sde:
             row["noise_scale"] = sigma_next * (1 - decay) ** 0.5
         last = i == len(timesteps) - 1
-        few = lower_order_final and len(timesteps) < _FEW_STEPS
-        ends_low = last and (few or euler_at_final or final_sigma == "zero")
-        if order == 2 and previous_log_snr is not None and not ends_low:
+        if order == 2 and previous_log_snr is not None and not (last and ends_low):
             if solver_type == "midpoint":
                 correction = 0.5 * from_x0
             else:

@@ -152,7 +152,7 @@ class StepTable:
         """
         levels = preserving.visited(alphas_cumprod, steps, spacing, offset, final_alpha_cumprod)
         rows = preserving.ddpm(levels, prediction, variance)
-        return cls._of(rows, learned_variance=variance == "learned_range")
+        return cls.of_rows(rows, learned_variance=variance == "learned_range")
 
     @classmethod
     def ddim(
@@ -180,7 +180,7 @@ class StepTable:
             ValueError: as for `ddpm`, or eta outside [0, 1].
         """
         levels = preserving.visited(alphas_cumprod, steps, spacing, offset, final_alpha_cumprod, strided=True)
-        return cls._of(preserving.ddim(levels, prediction, eta, clipped_epsilon))
+        return cls.of_rows(preserving.ddim(levels, prediction, eta, clipped_epsilon))
 
     @classmethod
     def dpm_solver_pp(
@@ -228,7 +228,7 @@ class StepTable:
             euler_at_final=euler_at_final,
             final_sigma=final_sigma,
         )
-        return cls._of(rows)
+        return cls.of_rows(rows)
 
     @classmethod
     def euler(
@@ -264,7 +264,7 @@ class StepTable:
         """
         levels = exploding.levels(alphas_cumprod, steps, spacing, offset, karras, final_sigma)
         rows = exploding.euler(levels, prediction, churn, churn_min, churn_max, churn_noise)
-        return cls._of(rows, initial_sigma=levels.initial_sigma)
+        return cls.of_rows(rows, initial_sigma=levels.initial_sigma)
 
     @classmethod
     def heun(
@@ -288,7 +288,7 @@ class StepTable:
             ValueError: as for `ddpm`.
         """
         levels = exploding.levels(alphas_cumprod, steps, spacing, offset, karras, "zero")
-        return cls._of(exploding.heun(levels, prediction), initial_sigma=levels.initial_sigma)
+        return cls.of_rows(exploding.heun(levels, prediction), initial_sigma=levels.initial_sigma)
 
     @classmethod
     def edm(
@@ -317,10 +317,11 @@ class StepTable:
             ValueError: sigmas are not positive and falling.
         """
         rows, initial_sigma = exploding.edm(sigmas, sigma_data, churn, churn_min, churn_max, churn_noise)
-        return cls._of(rows, initial_sigma=initial_sigma)
+        return cls.of_rows(rows, initial_sigma=initial_sigma)
 
     @classmethod
-    def _of(cls, rows: Sequence[Row], learned_variance: bool = False, initial_sigma: float = 1.0) -> StepTable:
+    def of_rows(cls, rows: Sequence[Row], learned_variance: bool = False, initial_sigma: float = 1.0) -> StepTable:
+        """The table of rows that have every column of `COLUMNS` by name; for solvers that have no builder here."""
         stacked = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in (row["timestep"] for row in rows))
         return cls(stacked.reshape(-1, len(COLUMNS)), timesteps, learned_variance, float(initial_sigma))

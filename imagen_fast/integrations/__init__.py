@@ -14,11 +14,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from ._fused import Form, Fused, FusedMethod, give_back, has_form, own_methods, take_form
 
-from ._fused import Fused, give_back, own_methods, take_form
-
-__all__ = ["Fused", "Integration", "give_back", "integration_of", "own_methods", "supported", "take_form"]
+__all__ = [
+    "Form",
+    "Fused",
+    "FusedMethod",
+    "Integration",
+    "give_back",
+    "has_form",
+    "integration_of",
+    "own_methods",
+    "supported",
+    "take_form",
+]
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,10 @@ class Integration:
 
     Attributes:
         serves: the classes of whole objects, which keep their class. Their subclasses are served too.
-        fused: the fused classes. A module takes a fused form if its class is exactly the form's original.
-        parts: the modules that an object consists of, by name, each to be treated by the integration that serves it.
-            A module that is one piece is its own part, named "".
+        fused: the fused classes. A module takes a fused form if its class is exactly the form's original; so does a
+            part that is no module, if the form is a `FusedMethod`.
+        parts: the modules (and other parts that can be fused) that an object consists of, by name, each to be treated
+            by the integration that serves it. A module that is one piece is its own part, named "".
         runs: for `verify`: calls of an object that reach the modules in it. It takes the object and what the user gave
             as inputs, None for synthetic ones; raises TypeError for what it cannot use.
         attach, detach: what else is switched in a part when its modules take and lose their fused forms. Both may be
@@ -37,16 +47,16 @@ class Integration:
     """
 
     serves: tuple[type, ...]
-    fused: tuple[type[Fused], ...]
+    fused: tuple[Form, ...]
     parts: Callable[[Any], Mapping[str, Any]]
     runs: Callable[[Any, Any], Iterable[Callable[[], object]]]
     attach: Callable[[Any], None] = lambda part: None
     detach: Callable[[Any], None] = lambda part: None
 
-    def form_of(self, module: nn.Module) -> type[Fused] | None:
+    def form_of(self, module: Any) -> Form | None:
         """The fused form that a module has, or could have but for what is particular to it, or None."""
         for matches in (
-            lambda form: isinstance(module, form),
+            lambda form: has_form(module, form),
             lambda form: type(module) is form.original,
             lambda form: isinstance(module, form.original),
         ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MethodType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,24 +54,68 @@ class Fused(nn.Module):
         return found
 
 
+class FusedMethod:
+    """One method of an object that is no module, and whose class is written into saved files: it gets an attribute of
+    the method's name, an instance of this, and keeps its class. A copy of the object has a copy of this, bound to it.
+
+    Attributes:
+        original: the class whose method it takes the place of.
+        method: its name.
+        ops: the names of the ops that it calls.
+    """
+
+    original: ClassVar[type]
+    method: ClassVar[str]
+    ops: ClassVar[tuple[str, ...]]
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    @classmethod
+    def why_left(cls, owner: Any) -> str | None:
+        """What about the object this cannot do, or None."""
+        return None
+
+    @classmethod
+    def obstacles(cls, owner: Any) -> list[str]:
+        """As of `Fused`."""
+        return []
+
+
+Form = type[Fused] | type[FusedMethod]
+
+
 # ---- Changing form
 
 
-def take_form(module: nn.Module, cls: type[nn.Module]) -> None:
+def has_form(obj: object, form: Form) -> bool:
+    """Whether a module, or another object, is in a fused form."""
+    if issubclass(form, FusedMethod):
+        return isinstance(vars(obj).get(form.method), form)
+    return isinstance(obj, form)
+
+
+def take_form(module: Any, cls: type) -> None:
     """Give the module another class, also where the instance holds on to a method of the one that it has.
 
     Libraries that wrap `forward` on an instance (Hugging Face's accelerate) keep the bound method to call it later.
     """
+    if issubclass(cls, FusedMethod):
+        vars(module)[cls.method] = cls(module)
+        return
     methods = own_methods(module)
     module.__class__ = cls
     for key, method in methods.items():
         vars(module)[key] = getattr(cls, method).__get__(module)
 
 
-def give_back(module: nn.Module) -> None:
-    """Give a fused module the class that it had; leave any other."""
+def give_back(module: Any) -> None:
+    """Give a fused module the class that it had, or an object its class's method; leave any other."""
     if isinstance(module, Fused):
         take_form(module, _original_class(module))
+    elif not isinstance(module, nn.Module):
+        for name in [name for name, value in vars(module).items() if isinstance(value, FusedMethod)]:
+            del vars(module)[name]
 
 
 def own_methods(module: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""diffusers: U-Nets (DeepFloyd IF's, Stable Diffusion's and others built of the same blocks) and their pipelines."""
+"""diffusers: U-Nets (DeepFloyd IF's, Stable Diffusion's and others of the same blocks), schedulers and pipelines."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from . import Integration
 from ._diffusers_blocks import FusedAttention, FusedGEGLU, FusedResnetBlock2D
+from ._diffusers_schedulers import FUSED_STEPS
 
 
 def _parts(obj: Any) -> Mapping[str, Any]:
-    """A model is one piece; of a pipeline, its models."""
-    if isinstance(obj, nn.Module):
+    """A model or a scheduler is one piece; of a pipeline, its models and schedulers."""
+    if isinstance(obj, nn.Module | SchedulerMixin):
         return {"": obj}
-    return {name: part for name, part in obj.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in obj.components.items() if isinstance(part, nn.Module | SchedulerMixin)}
 
 
 def _runs(obj: Any, inputs: Any) -> Iterator[Callable[[], object]]:
@@ -63,8 +64,8 @@ def _synthetic_inputs(unet: Any) -> dict[str, Any]:
 
 
 INTEGRATION = Integration(
-    serves=(DiffusionPipeline, ModelMixin),
-    fused=(FusedResnetBlock2D, FusedAttention, FusedGEGLU),
+    serves=(DiffusionPipeline, ModelMixin, SchedulerMixin),
+    fused=(FusedResnetBlock2D, FusedAttention, FusedGEGLU, *FUSED_STEPS),
     parts=_parts,
     runs=_runs,
 )
