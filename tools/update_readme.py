@@ -1,9 +1,10 @@
-"""Fills README.md from bench/results: between the marks `<!-- results:OP -->` and `<!-- /results:OP -->`.
+"""Fills README.md between `<!-- results:OP -->` and `<!-- /results:OP -->`, and likewise between the `support` marks.
 
     python tools/update_readme.py            writes README.md
     python tools/update_readme.py --check    only says whether it is up to date (exit status 1 if not)
 
-Each place gets the headline rows of every `bench/results/OP-*.json`, so that no number in it was typed by hand.
+Results are the headline rows of every `bench/results/OP-*.json`, and support is what the ops themselves declare: no
+number and no claim of a kernel was typed by hand.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import re
 import sys
 from pathlib import Path
 
+from imagen_fast import backends, ops
 from imagen_fast.bench import report, results
 from imagen_fast.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(?P<start><!-- results:(?P<op>\w+) -->\n).*?(?P<end><!-- /results:(?P=op) -->)", re.DOTALL)
+
+SUPPORT = re.compile(r"(?P<start><!-- support -->\n).*?(?P<end><!-- /support -->)", re.DOTALL)
 
 
 def filled(text: str, folder: Path) -> str:
@@ -25,10 +29,21 @@ def filled(text: str, folder: Path) -> str:
 
     def tables(place: re.Match[str]) -> str:
         files = sorted(folder.glob(f"{place['op']}-*.json"))
+        if not files:
+            raise SystemExit(f"README.md shows results of {place['op']}, and {folder} has none")
         made = [report.markdown(report.select(results.load(file), tag="headline")) for file in files]
         return place["start"] + "".join(f"\n{table}\n\n" for table in made) + place["end"]
 
-    return PLACE.sub(tables, text)
+    return SUPPORT.sub(lambda place: f"{place['start']}\n{support()}\n\n{place['end']}", PLACE.sub(tables, text))
+
+
+def support() -> str:
+    """Which op has which kernels."""
+    lines = [f"| | {' | '.join(f'`{name}`' for name in backends.NAMES)} |", "|---" * (len(backends.NAMES) + 1) + "|"]
+    for op in ops.__all__:
+        has = backends._OPS[op].backends
+        lines.append(f"| `{op}` | {' | '.join('yes' if name in has else 'not yet' for name in backends.NAMES)} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
