@@ -101,11 +101,11 @@ def _fake_backward(
     return dx, *_norms.fake_gradients(x, (weight, bias, scale, shift), needs >> 1)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ctx.num_groups, weight, bias, scale, shift, ctx.activation, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(x, weight, bias, scale, shift, *statistics)
 
 
 def _register_autograd(backend: str) -> None:
@@ -113,12 +113,12 @@ def _register_autograd(backend: str) -> None:
     backward = getattr(torch.ops.imagen_fast, f"group_norm_act_backward_{backend}").default
 
     def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
+        x, weight, bias, scale, shift, *statistics = ctx.saved_tensors
         need_x, _, *need_parameters = ctx.needs_input_grad[:6]
         needed = (need_x, *need_parameters)
         parameters = (weight, bias, scale, shift)
         gradients = backward(
-            dense_like(dy, x), x, mean, rstd, ctx.num_groups, *parameters, ctx.activation, _norms.bits(needed)
+            dense_like(dy, x), x, *statistics, ctx.num_groups, *parameters, ctx.activation, _norms.bits(needed)
         )
         dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
         return dx, None, *rest, None, None
@@ -158,9 +158,18 @@ _define("cpu")
 
 @_triton.once
 def _define_triton() -> None:
+    """The operators of Triton's backend, whose mean is two numbers: rounded, and what the rounding lost."""
+
+    def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+        y, mean, rstd = _fake_forward(*arguments)
+        return y, mean, torch.empty_like(mean), rstd
+
+    def fake_backward(dy: Tensor, x: Tensor, mean: Tensor, mean_error: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return _fake_backward(dy, x, mean, *rest)
+
     kernels = _triton.kernels("group_norm_act")
-    _triton.define("group_norm_act_triton", kernels.forward, fake=_fake_forward)
-    _triton.define("group_norm_act_backward_triton", kernels.backward, fake=_fake_backward)
+    _triton.define("group_norm_act_triton", kernels.forward, fake=fake_forward)
+    _triton.define("group_norm_act_backward_triton", kernels.backward, fake=fake_backward)
     _register_autograd("triton")
 
 

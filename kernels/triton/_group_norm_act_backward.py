@@ -22,6 +22,7 @@ def group_norm_act_backward_slab_kernel(
     p_dy,  # (B, C, L)
     p_x,
     p_mean,  # (B, G)
+    p_mean_error,
     p_rstd,
     p_weight,  # (C,)
     p_bias,
@@ -72,6 +73,7 @@ def group_norm_act_backward_slab_kernel(
     b_dy = tl.load(p_dy + o_x, mask=m_x, other=0.0).to(tl.float32)
     o_g = i_b * groups + i_g + o_k
     b_mean = of_channels(tl.load(p_mean + o_g, mask=m_k, other=0.0), m_kc)  # [C]
+    b_mean_error = of_channels(tl.load(p_mean_error + o_g, mask=m_k, other=0.0), m_kc)
     b_rstd = of_channels(tl.load(p_rstd + o_g, mask=m_k, other=0.0), m_kc)
     b_factor, b_offset = modulation(
         p_weight,
@@ -89,7 +91,7 @@ def group_norm_act_backward_slab_kernel(
         HAS_SCALE,
         HAS_SHIFT,
     )
-    b_xhat = tl.where(m_x, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
+    b_xhat = tl.where(m_x, (b_x - b_mean[:, None] - b_mean_error[:, None]) * b_rstd[:, None], 0.0)
     b_dt = b_dy * activation_slope(b_xhat * b_factor[:, None] + b_offset[:, None], ACTIVATION)
     b_dt = tl.where(m_x, b_dt, 0.0)
     b_sum_dt = tl.sum(b_dt, axis=1)  # [C]
@@ -111,6 +113,7 @@ def group_norm_act_backward_sums_kernel(
     p_dy,  # (B, C, L)
     p_x,
     p_mean,  # (B, G)
+    p_mean_error,
     p_rstd,
     p_weight,  # (C,)
     p_bias,
@@ -153,6 +156,7 @@ def group_norm_act_backward_sums_kernel(
 
     o_g = i_b * groups + o_c // channels_per_group
     b_mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
+    b_mean_error = tl.load(p_mean_error + o_g, mask=m_c, other=0.0)
     b_rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0)
     b_factor, b_offset = modulation(
         p_weight,
@@ -178,7 +182,7 @@ def group_norm_act_backward_sums_kernel(
         o_x = o_c[:, None] * stride_c + (j + o_l).to(tl.int64)[None, :] * stride_l + offset
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
         b_dy = tl.load(p_dy + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        b_xhat = (b_x - b_mean[:, None] - b_mean_error[:, None]) * b_rstd[:, None]
         b_dt = b_dy * activation_slope(b_xhat * b_factor[:, None] + b_offset[:, None], ACTIVATION)
         b_sum_dt += tl.where(m_x, b_dt, 0.0)
         b_sum_dt_xhat += tl.where(m_x, b_dt * b_xhat, 0.0)
@@ -258,6 +262,7 @@ def group_norm_act_backward_apply_kernel(
     p_dy,  # (B, C, L)
     p_x,
     p_mean,  # (B, G)
+    p_mean_error,
     p_rstd,
     p_group_dt,  # (B, G)
     p_group_dt_xhat,
@@ -301,6 +306,7 @@ def group_norm_act_backward_apply_kernel(
 
     o_g = i_b * groups + o_c // channels_per_group
     b_mean = tl.load(p_mean + o_g, mask=m_c, other=0.0)
+    b_mean_error = tl.load(p_mean_error + o_g, mask=m_c, other=0.0)
     b_rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0)
     b_constant = tl.load(p_group_dt + o_g, mask=m_c, other=0.0)
     b_slope = tl.load(p_group_dt_xhat + o_g, mask=m_c, other=0.0)
@@ -326,7 +332,7 @@ def group_norm_act_backward_apply_kernel(
         o_x = o_c[:, None] * stride_c + (j + o_l).to(tl.int64)[None, :] * stride_l + offset
         b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
         b_dy = tl.load(p_dy + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        b_xhat = (b_x - b_mean[:, None] - b_mean_error[:, None]) * b_rstd[:, None]
         b_dt = b_dy * activation_slope(b_xhat * b_factor[:, None] + b_offset[:, None], ACTIVATION)
         b_dx = b_dt * b_factor[:, None] - b_constant[:, None] - b_xhat * b_slope[:, None]
         tl.store(p_dx + o_x, (b_rstd[:, None] * b_dx).to(p_dx.dtype.element_ty), mask=m_x)

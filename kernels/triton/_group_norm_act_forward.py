@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._math import activation
-from ._norm import inverse_deviation, modulation, of_channels, product, sum_of_groups
+from ._norm import inverse_deviation, modulation, of_channels, product, sum_and_error, sum_of_groups
 
 
 @triton.jit
@@ -18,6 +18,7 @@ def group_norm_act_slab_kernel(
     p_x,  # (B, C, L)
     p_y,
     p_mean,  # (B, G)
+    p_mean_error,
     p_rstd,
     p_weight,  # (C,)
     p_bias,
@@ -61,13 +62,20 @@ def group_norm_act_slab_kernel(
     m_x = m_c[:, None] & (o_l < positions)[None, :]  # [C, L]
     o_x = i_b * channels * positions + (i_c + o_c)[:, None] * stride_c + o_l.to(tl.int64)[None, :] * stride_l
 
+    # Summed from each group's first value, and kept with what its rounding loses: so a large mean costs no accuracy.
+    o_origin = i_b * channels * positions + (i_c + o_k * channels_per_group) * stride_c
+    b_origin = tl.load(p_x + o_origin, mask=m_k, other=0.0).to(tl.float32)  # [K]
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_delta = tl.where(m_x, b_x - of_channels(b_origin, m_kc)[:, None], 0.0)
     size = product(channels_per_group, positions)
-    b_mean = sum_of_groups(tl.sum(b_x, axis=1), m_kc) / size  # [K]
-    b_x = tl.where(m_x, b_x - of_channels(b_mean, m_kc)[:, None], 0.0)
+    b_mean = sum_of_groups(tl.sum(b_delta, axis=1), m_kc) / size  # [K]
+    b_mean, b_mean_error = sum_and_error(b_origin, b_mean)
+    b_x = b_x - of_channels(b_mean, m_kc)[:, None] - of_channels(b_mean_error, m_kc)[:, None]
+    b_x = tl.where(m_x, b_x, 0.0)
     b_rstd = inverse_deviation(sum_of_groups(tl.sum(b_x * b_x, axis=1), m_kc) / size, eps)
     o_g = i_b * groups + i_g + o_k
     tl.store(p_mean + o_g, b_mean, mask=m_k)
+    tl.store(p_mean_error + o_g, b_mean_error, mask=m_k)
     tl.store(p_rstd + o_g, b_rstd, mask=m_k)
 
     b_factor, b_offset = modulation(
@@ -94,7 +102,7 @@ def group_norm_act_slab_kernel(
 @triton.jit
 def group_norm_act_statistics_kernel(
     p_x,  # (B, C, L)
-    p_split_mean,  # (B, G, splits)
+    p_split_mean,  # (B, G, splits), less the group's first value
     p_split_m2,
     channels,
     positions,
@@ -109,7 +117,7 @@ def group_norm_act_statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Mean, and sum of squared deviations from it, over the positions of one split."""
+    """Mean, less the group's first value, and sum of squared deviations from the mean, over one split's positions."""
     i_program = tl.program_id(0).to(tl.int64)
     i_split = i_program % splits
     blocks = tl.cdiv(groups, GROUPS)
@@ -122,6 +130,8 @@ def group_norm_act_statistics_kernel(
     n_positions = tl.minimum(positions - i_l, split_size)
 
     o_k, o_c, o_l = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_L)
+    o_origin = i_b * channels * positions + (i_c + o_k * channels_per_group) * stride_c
+    b_origin = tl.load(p_x + o_origin, mask=o_k < n_groups, other=0.0).to(tl.float32)  # [K]
     p_x += i_b * channels * positions + i_c * stride_c + i_l * stride_l
     b_count = tl.zeros([BLOCK_K], tl.float32)
     b_mean = tl.zeros([BLOCK_K], tl.float32)
@@ -130,12 +140,14 @@ def group_norm_act_statistics_kernel(
         m_c = c + o_c < n_channels
         m_kc = ((c + o_c) // channels_per_group)[None, :] == o_k[:, None]
         m_kc = m_kc & m_c[None, :]
-        n_c = tl.sum(m_kc.to(tl.float32), axis=1)
+        b_channels = tl.sum(m_kc.to(tl.float32), axis=1)  # [K]
+        b_center = of_channels(b_origin, m_kc)
         for j in range(0, n_positions, BLOCK_L):
             m_x = m_c[:, None] & (j + o_l < n_positions)[None, :]
             o_x = (c + o_c).to(tl.int64)[:, None] * stride_c + (j + o_l).to(tl.int64)[None, :] * stride_l
             b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_tile_count = n_c * tl.minimum(n_positions - j, BLOCK_L).to(tl.float32)
+            b_x = tl.where(m_x, b_x - b_center[:, None], 0.0)
+            b_tile_count = b_channels * tl.minimum(n_positions - j, BLOCK_L).to(tl.float32)
             b_tile_mean = sum_of_groups(tl.sum(b_x, axis=1), m_kc) / tl.maximum(b_tile_count, 1.0)
             b_x = tl.where(m_x, b_x - of_channels(b_tile_mean, m_kc)[:, None], 0.0)
             b_tile_m2 = sum_of_groups(tl.sum(b_x * b_x, axis=1), m_kc)
@@ -154,9 +166,10 @@ def group_norm_act_statistics_kernel(
 def group_norm_act_apply_kernel(
     p_x,  # (B, C, L)
     p_y,
-    p_split_mean,  # (B, G, splits)
+    p_split_mean,  # (B, G, splits), less the group's first value
     p_split_m2,
     p_mean,  # (B, G)
+    p_mean_error,
     p_rstd,
     p_weight,  # (C,)
     p_bias,
@@ -212,14 +225,17 @@ def group_norm_act_apply_kernel(
     b_first = tl.load(p_split_mean + o_g * splits, mask=m_k, other=0.0)
     b_count = tl.minimum(positions - o_s.to(tl.int64) * split_size, split_size).to(tl.float32) * channels_per_group
     size = product(channels_per_group, positions)
-    # From the first split's mean: so a large common mean is not rounded again in the sum.
     b_delta = tl.where(m_ks, b_count[None, :] * (b_split_mean - b_first[:, None]), 0.0)
     b_mean = b_first + tl.sum(b_delta, axis=1) / size  # [K]
     b_delta = b_split_mean - b_mean[:, None]
     b_m2 = tl.sum(tl.where(m_ks, b_split_m2 + b_count[None, :] * b_delta * b_delta, 0.0), axis=1)
     b_rstd = inverse_deviation(b_m2 / size, eps)
+    o_origin = i_b * channels * positions + (i_c + o_k * channels_per_group) * stride_c
+    b_origin = tl.load(p_x + o_origin, mask=m_k, other=0.0).to(tl.float32)
+    b_mean, b_mean_error = sum_and_error(b_origin, b_mean)
     m_written = o_k < tl.where(i_split == 0, n_groups, 0)
     tl.store(p_mean + o_g, b_mean, mask=m_written)
+    tl.store(p_mean_error + o_g, b_mean_error, mask=m_written)
     tl.store(p_rstd + o_g, b_rstd, mask=m_written)
 
     o_c, o_l = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_L)
@@ -245,10 +261,11 @@ def group_norm_act_apply_kernel(
             HAS_SHIFT,
         )
         b_factor *= of_channels(b_rstd, m_kc)
-        b_center = of_channels(b_mean, m_kc)
+        b_center, b_center_error = of_channels(b_mean, m_kc), of_channels(b_mean_error, m_kc)
         for j in range(0, n_positions, BLOCK_L):
             m_x = m_c[:, None] & (j + o_l < n_positions)[None, :]
             o_x = (c + o_c).to(tl.int64)[:, None] * stride_c + (j + o_l).to(tl.int64)[None, :] * stride_l + offset
             b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_t = (b_x - b_center[:, None]) * b_factor[:, None] + b_offset[:, None]
+            b_x = b_x - b_center[:, None] - b_center_error[:, None]
+            b_t = b_x * b_factor[:, None] + b_offset[:, None]
             tl.store(p_y + o_x, activation(b_t, ACTIVATION).to(p_y.dtype.element_ty), mask=m_x)

@@ -61,3 +61,11 @@ def product(a, b):
 @triton.jit
 def inverse_deviation(b_variance, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(b_variance + tl.cast(eps, tl.float32)))
+
+
+@triton.jit
+def sum_and_error(a, b):
+    """a + b, and what its rounding lost: Knuth's two-sum."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)

@@ -126,15 +126,15 @@ def forward(
     shift: Tensor | None,
     activation: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, and mean and 1 / sqrt(var + eps), both (B, num_groups) in float32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y like x; mean, what its rounding lost, and 1 / sqrt(var + eps), all (B, num_groups) in float32.
 
     x is dense NCHW or NHWC; scale and shift are (B, C); activation is a code of `_math`.
     """
     y = x.new_empty_strided(x.shape, x.stride())
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    mean, mean_error, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(3))
     if x.numel() == 0:
-        return y, mean.zero_(), rstd.zero_()
+        return y, mean.zero_(), mean_error.zero_(), rstd.zero_()
     slabs = _slabs(x, num_groups)
     common = dict(
         slabs._asdict(),
@@ -142,6 +142,7 @@ def forward(
         p_x=x,
         p_y=y,
         p_mean=mean,
+        p_mean_error=mean_error,
         p_rstd=rstd,
         eps=eps,
         ACTIVATION=activation,
@@ -150,7 +151,7 @@ def forward(
     if tile is not None:
         grid = (x.shape[0] * ceil_div(num_groups, tile.GROUPS),)
         wrap_triton(_forward.group_norm_act_slab_kernel)[grid](**common, **tile._asdict())
-        return y, mean, rstd
+        return y, mean, mean_error, rstd
 
     groups = _groups_together(slabs, x.element_size())
     split = _split("forward_split", x, slabs, groups * slabs.channels_per_group)
@@ -168,13 +169,14 @@ def forward(
         **together,
         BLOCK_S=power_of_two_at_least(split.splits),
     )
-    return y, mean, rstd
+    return y, mean, mean_error, rstd
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
+    mean_error: Tensor,
     rstd: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -186,7 +188,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias, scale and shift; bit i of `needs` says whether the i-th is asked for.
 
-    What is not asked for comes back empty. dy is dense like x; mean and rstd are `forward`'s.
+    What is not asked for comes back empty. dy is dense like x; mean, mean_error and rstd are `forward`'s.
     """
     dx = x.new_empty_strided(x.shape, x.stride()) if needs & 1 else x.new_empty(0)
     sum_dt, sum_dt_xhat = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
@@ -201,6 +203,7 @@ def backward(
             p_dy=dy,
             p_x=x,
             p_mean=mean,
+            p_mean_error=mean_error,
             p_rstd=rstd,
             ACTIVATION=activation,
         )
