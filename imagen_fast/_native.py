@@ -14,6 +14,8 @@ LIBRARY = Path(__file__).parent / "lib" / "libimagen_fast_cpu.so"
 _SCHEMAS = torch.library.Library("imagen_fast", "FRAGMENT")
 _SCHEMAS.define("_cpu_capability() -> str")
 _SCHEMAS.define("_set_cpu_capability(str name) -> ()")
+_SCHEMAS.define("_matrix_tiles() -> str")
+_SCHEMAS.define("_set_matrix_tiles(str name) -> ()")
 _SCHEMAS.define("_poison_outputs(bool on) -> ()")
 _SCHEMAS.define("_unwritten_output(int size) -> Tensor")
 
@@ -49,6 +51,21 @@ def set_cpu_capability(name: str) -> None:
     """Use a lower instruction set than the best one, for tests; process-wide."""
     _require()
     torch.ops.imagen_fast._set_cpu_capability(name)
+
+
+def matrix_tiles() -> str:
+    """By which matrix tiles (AMX) attention multiplies bfloat16: "none", the "hardware"'s or "emulated" ones.
+
+    They are used beside the instruction set "avx512_bf16" alone.
+    """
+    _require()
+    return torch.ops.imagen_fast._matrix_tiles()
+
+
+def set_matrix_tiles(name: str) -> None:
+    """Use the machine's tiles, emulated ones or none, for tests; process-wide."""
+    _require()
+    torch.ops.imagen_fast._set_matrix_tiles(name)
 
 
 def poison_outputs(on: bool) -> None:

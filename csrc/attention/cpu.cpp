@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../common/cpu_capability.h"
 #include "../common/tensor.h"
@@ -13,6 +14,8 @@
 namespace imagen_fast {
 
 IMAGEN_FAST_DECLARE_KERNEL(void attention_forward(const attention::Forward&))
+IMAGEN_FAST_DECLARE_KERNEL(void attention_backward(const attention::Backward&))
+IMAGEN_FAST_DECLARE_KERNEL(void attention_bias_gradient(const attention::Backward&))
 
 namespace attention {
 namespace {
@@ -140,14 +143,88 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const Optional& context_v, const Optional& bias, const Optional& table,
                                    const Optional& buckets, const Optional& key_mask, const Optional& q_scale,
                                    const Optional& k_scale, double scale) {
-  Forward f{problem(q, k, v, context_k, context_v, bias, table, buckets, key_mask, q_scale, k_scale, scale), {}, {}};
+  Forward f{
+      problem(q, k, v, context_k, context_v, bias, table, buckets, key_mask, q_scale, k_scale, scale), {}, {}, {}};
   Tensor out = uninitialized_in_order_of(q);
   Tensor lse = uninitialized_lse(f);
   if (out.numel() == 0) return {out, lse};
   f.out = output_rows(out);
   f.lse = lse.mutable_data_ptr();
+  f.matrix_tiles = matrix_tiles();
   IMAGEN_FAST_KERNEL(attention_forward)(f);
   return {out, lse};
+}
+
+// The gradients in the order in which the operator returns them; those that are not needed have no elements.
+class Gradients {
+ public:
+  Gradients(int64_t needs, const Tensor& q) : needs_(needs), dtype_(dtype_code(q)) {}
+
+  // In the memory order of x, which is there if the gradient is needed
+  HeadOutput add_rows(const Optional& x) { return add(x, true) ? output_rows(all_.back()) : HeadOutput{}; }
+
+  ParameterGradient add_parameter(const Optional& x) {
+    if (!add(x, false)) return {};
+    return {all_.back().mutable_data_ptr(), dtype_of(*x)};
+  }
+
+  BiasGradient add_bias(const Optional& x) {
+    if (!add(x, false)) return {};
+    return {all_.back().mutable_data_ptr(), dtype_of(*x), x->size(0), x->size(1), x->size(2), x->size(3)};
+  }
+
+  const Tensor& operator[](size_t i) const { return all_[i]; }
+
+ private:
+  bool add(const Optional& x, bool in_order) {
+    const bool needed = x && (needs_ >> all_.size() & 1);
+    all_.push_back(!needed    ? uninitialized_vector(0, dtype_)
+                   : in_order ? uninitialized_in_order_of(*x)
+                              : uninitialized_contiguous(*x));
+    return needed && all_.back().numel() > 0;
+  }
+
+  static Tensor uninitialized_contiguous(const Tensor& x) {
+    const auto sizes = x.sizes();
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+    return uninitialized(sizes, {strides.data(), strides.size()}, dtype_code(x));
+  }
+
+  const int64_t needs_;
+  const int32_t dtype_;
+  std::vector<Tensor> all_;
+};
+
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NineTensors backward(const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
+                     const Tensor& v, const Optional& context_k, const Optional& context_v, const Optional& bias,
+                     const Optional& table, const Optional& buckets, const Optional& key_mask, const Optional& q_scale,
+                     const Optional& k_scale, double scale, int64_t needs) {
+  Backward f{};
+  static_cast<Problem&>(f) =
+      problem(q, k, v, context_k, context_v, bias, table, buckets, key_mask, q_scale, k_scale, scale);
+  f.dout = rows(f, "dout", dout, f.q_heads, f.queries);
+  f.out = rows(f, "out", out, f.q_heads, f.queries);
+  STD_TORCH_CHECK(has_sizes(lse, {f.batch, f.q_heads, f.queries}) && lse.is_contiguous() &&
+                      dtype_of(lse) == (f.dtype == DType::kDouble ? DType::kDouble : DType::kFloat),
+                  "attention: lse must be as the forward pass returned it");
+  f.lse = lse.const_data_ptr();
+  Gradients gradients(needs, q);
+  f.dq = gradients.add_rows(q);
+  f.dk = gradients.add_rows(k);
+  f.dv = gradients.add_rows(v);
+  f.dcontext_k = gradients.add_rows(context_k);
+  f.dcontext_v = gradients.add_rows(context_v);
+  f.dbias = gradients.add_bias(bias);
+  f.dtable = gradients.add_parameter(table);
+  f.dq_scale = gradients.add_parameter(q_scale);
+  f.dk_scale = gradients.add_parameter(k_scale);
+  IMAGEN_FAST_KERNEL(attention_backward)(f);
+  if (f.dbias.data && !f.has_bias_of_each_score()) IMAGEN_FAST_KERNEL(attention_bias_gradient)(f);
+  const Gradients& g = gradients;
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8]};
 }
 
 }  // namespace
@@ -156,4 +233,5 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(imagen_fast, CPU, library) {
   library.impl("attention_cpu", TORCH_BOX(&imagen_fast::attention::forward));
+  library.impl("attention_backward_cpu", TORCH_BOX(&imagen_fast::attention::backward));
 }

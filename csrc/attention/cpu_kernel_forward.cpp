@@ -8,6 +8,7 @@
 // threads.
 #include "../common/parallel.h"
 #include "cpu_scores.h"
+#include "cpu_tiles.h"
 
 namespace imagen_fast::IMAGEN_FAST_ISA {
 namespace attention {
@@ -18,9 +19,48 @@ constexpr int64_t kQueries = 8 * kTileRows;
 template <typename S>
 constexpr int64_t kColumns = 4 * kTileColumns<S>;
 
-// T is the type in memory, E the one that is multiplied.
-template <typename T, typename E>
+// How matrices are multiplied: by vectors, or by the tiles of cpu_tiles.h, all of whose sizes are multiples of 16.
+template <typename E>
+struct ByVectors {
+  using Element = E;
+  static constexpr int64_t kRows = 1;
+  static constexpr int64_t kSteps = 1;
+
+  void scores(Left<E> a, Right<E> b, int64_t panel, Result<typename Step<E>::S> c, int64_t rows, int64_t columns,
+              int64_t steps, typename Step<E>::S scale) {
+    multiply<E, Store::kScaled>(a, b, panel, c, rows, columns, steps, scale);
+  }
+  void add(Left<E> a, Right<E> b, int64_t panel, Result<typename Step<E>::S> c, int64_t rows, int64_t columns,
+           int64_t steps) {
+    multiply<E, Store::kAdded>(a, b, panel, c, rows, columns, steps);
+  }
+};
+
+#ifdef __AVX512BF16__
+template <typename Tiles>
+struct ByTiles {
+  using Element = BFloat16;
+  static constexpr int64_t kRows = kTileSide;
+  static constexpr int64_t kSteps = kTileSide;
+
+  void scores(Left<BFloat16> a, Right<BFloat16> b, int64_t panel, Result<float> c, int64_t rows, int64_t columns,
+              int64_t steps, float scale) {
+    multiply_in_tiles<Store::kScaled>(tiles, a, b, panel, c, rows, columns, steps);
+    for (int64_t i = 0; i < rows; ++i) multiply_row(c.data + i * c.row, scale, columns);
+  }
+  void add(Left<BFloat16> a, Right<BFloat16> b, int64_t panel, Result<float> c, int64_t rows, int64_t columns,
+           int64_t steps) {
+    multiply_in_tiles<Store::kAdded>(tiles, a, b, panel, c, rows, columns, steps);
+  }
+
+  Tiles tiles;
+};
+#endif
+
+// T is the type in memory.
+template <typename T, typename Products>
 class ForwardTask {
+  using E = typename Products::Element;
   using S = typename Step<E>::S;
   static constexpr int kTerms = Step<E>::kTerms;
 
@@ -28,24 +68,27 @@ class ForwardTask {
   ForwardTask(const Forward& f, int64_t block)
       : f_(f),
         block_(block),
-        columns_(f),
+        columns_(f, kTerms * Products::kSteps < Vec<S>::kWidth ? Vec<S>::kWidth : kTerms * Products::kSteps),
+        depth_(round_up(f.width, kTerms * Products::kSteps)),
         row_(round_up(f.width, Vec<S>::kWidth)),
         q_scale_(f.q_scale, f.width),
         k_scale_(f.k_scale, f.width),
         additions_(f, columns_),
-        keys_(columns_, f.width, true, false),
-        values_(columns_, f.width, false, true),
-        q_(block * f.width),
+        keys_(columns_, f.width, depth_, true, false),
+        values_(columns_, f.width, f.width, false, true),
+        q_(block * depth_),
         scores_(block * kColumns<S>),
-        sums_(block * row_) {}
+        sums_(block * row_) {
+    std::memset(static_cast<void*>(q_.data()), 0, block * depth_ * sizeof(E));
+  }
 
   // Queries [first, first + rows) of head h; heads and samples come in ascending order
   void run(int64_t b, int64_t h, int64_t first, int64_t rows) {
     start(b, h);
     const T* const q = static_cast<const T*>(f_.q.data) + b * f_.q.stride_b + h * f_.q.stride_h + first * f_.q.stride_l;
-    load_rows(q, f_.q.stride_l, rows, rows, f_.width, q_scale_.data(), q_.data());
+    load_rows(q, f_.q.stride_l, rows, rows, f_.width, q_scale_.data(), q_.data(), depth_);
     for (int64_t i = 0; i < rows; ++i) state_[i] = {-kInfinity<S>, 0};
-    for (int64_t i = 0; i < rows * row_; ++i) sums_[i] = 0;
+    for (int64_t i = 0; i < round_up(rows, Products::kRows) * row_; ++i) sums_[i] = 0;
     for (int64_t column = 0; column < columns_.count; column += kColumns<S>) {
       const int64_t rest = columns_.count - column;
       attend(first, rows, column, rest < kColumns<S> ? rest : kColumns<S>);
@@ -74,8 +117,9 @@ class ForwardTask {
 
   void attend(int64_t first, int64_t rows, int64_t column, int64_t n) {
     const Result<S> scores{scores_.data(), kColumns<S>};
-    multiply<E, Store::kScaled>({q_.data(), f_.width, kTerms}, keys_.keys_in_columns(column), keys_.panel(), scores,
-                                rows, n, f_.width / kTerms, static_cast<S>(f_.scale));
+    const int64_t all_rows = round_up(rows, Products::kRows);
+    products_.scores({q_.data(), depth_, kTerms}, keys_.keys_in_columns(column), keys_.panel(), scores, all_rows, n,
+                     depth_ / kTerms, static_cast<S>(f_.scale));
     for (int64_t i = 0; i < rows; ++i) {
       S* const row = scores.data + i * scores.row;
       additions_.add(first + i, column, n, row);
@@ -84,8 +128,8 @@ class ForwardTask {
     // The weights lie at the beginning of their scores' rows.
     const int64_t weights_row = kColumns<S> * static_cast<int64_t>(sizeof(S) / sizeof(E));
     const Left<E> weights{reinterpret_cast<const E*>(scores.data), weights_row, kTerms};
-    multiply<E, Store::kAdded>(weights, values_.width_in_columns(column), kTileColumns<S> * kTerms,
-                               {sums_.data(), row_}, rows, f_.width, n / kTerms);
+    products_.add(weights, values_.width_in_columns(column), kTileColumns<S> * kTerms, {sums_.data(), row_}, all_rows,
+                  f_.width, n / kTerms);
   }
 
   // From a row of scores to weights
@@ -121,7 +165,9 @@ class ForwardTask {
   const Forward& f_;
   const int64_t block_;
   const Columns<S> columns_;
-  const int64_t row_;  // D filled up to whole vectors
+  const int64_t depth_;  // D filled up to whole steps
+  const int64_t row_;    // D filled up to whole vectors
+  Products products_;
   WidthScale<S> q_scale_, k_scale_;
   Additions<S> additions_;
   Packed<E> keys_, values_;
@@ -134,18 +180,18 @@ class ForwardTask {
 };
 
 // Queries to a block: fewer where threads would go idle
-int64_t queries_per_block(const Problem& p) {
+int64_t queries_per_block(const Problem& p, int64_t multiple) {
   int64_t block = kQueries;
   while (block > kTileRows && p.batch * p.q_heads * ceil_div(p.queries, block) < 4 * num_threads()) block /= 2;
-  return round_up(block, kTileRows);
+  return round_up(block, multiple);
 }
 
-template <typename T, typename E>
+template <typename T, typename Products>
 void run(const Forward& f) {
-  const int64_t block = queries_per_block(f);
+  const int64_t block = queries_per_block(f, Products::kRows == 1 ? kTileRows : Products::kRows);
   const int64_t blocks = ceil_div(f.queries, block);
   parallel_for(f.batch * f.q_heads * blocks, block * (f.keys() + 1), [&](int64_t begin, int64_t end) {
-    ForwardTask<T, E> task(f, block);
+    ForwardTask<T, Products> task(f, block);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / blocks;
       const int64_t first = i % blocks * block;
@@ -161,14 +207,19 @@ void run(const Forward& f) {
 void attention_forward(const attention::Forward& f) {
   using namespace attention;
   switch (f.dtype) {
-    case DType::kHalf: return run<Half, float>(f);
+    case DType::kHalf: return run<Half, ByVectors<float>>(f);
 #ifdef __AVX512BF16__
-    case DType::kBFloat16: return run<BFloat16, BFloat16>(f);
+    case DType::kBFloat16:
+      switch (f.matrix_tiles) {
+        case MatrixTiles::kHardware: return run<BFloat16, ByTiles<HardwareTiles>>(f);
+        case MatrixTiles::kEmulated: return run<BFloat16, ByTiles<EmulatedTiles>>(f);
+        default: return run<BFloat16, ByVectors<BFloat16>>(f);
+      }
 #else
-    case DType::kBFloat16: return run<BFloat16, float>(f);
+    case DType::kBFloat16: return run<BFloat16, ByVectors<float>>(f);
 #endif
-    case DType::kFloat: return run<float, float>(f);
-    default: return run<double, double>(f);
+    case DType::kFloat: return run<float, ByVectors<float>>(f);
+    default: return run<double, ByVectors<double>>(f);
   }
 }
 

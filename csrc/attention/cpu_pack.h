@@ -16,19 +16,21 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // The columns of a score matrix: the context's keys and the own ones, each of the two filled up to whole vectors, so
-// that a vector never holds keys of both.
+// that a vector never holds keys of both, and all of them up to `multiple` columns.
 template <typename S>
 struct Columns {
   struct Segment {
     int64_t column, key, count;  // where it begins, and how many keys it has
+    int64_t filled;              // where the next one begins
   };
 
-  explicit Columns(const Problem& p)
-      : segment{{0, 0, p.context}, {round_up(p.context, Vec<S>::kWidth), p.context, p.own}},
-        count(round_up(p.context, Vec<S>::kWidth) + round_up(p.own, Vec<S>::kWidth)) {}
+  explicit Columns(const Problem& p, int64_t multiple = Vec<S>::kWidth)
+      : count(round_up(round_up(p.context, Vec<S>::kWidth) + round_up(p.own, Vec<S>::kWidth), multiple)),
+        segment{{0, 0, p.context, round_up(p.context, Vec<S>::kWidth)},
+                {round_up(p.context, Vec<S>::kWidth), p.context, p.own, count}} {}
 
-  Segment segment[2];
   int64_t count;
+  Segment segment[2];
 };
 
 // (D,) in S; null if absent
@@ -58,10 +60,11 @@ inline S inverse_norm(const T* from, int64_t width) {
   return 1 / (norm < S(kSmallestNorm) ? S(kSmallestNorm) : norm);
 }
 
-// `rows` rows beside each other, and rows of zeros after them up to `filled`; normalised if there is a `scale`
+// `rows` rows, and rows of zeros after them up to `filled`; normalised if there is a `scale`
 template <typename E, typename T, typename S>
-void load_rows(const T* from, int64_t stride, int64_t rows, int64_t filled, int64_t width, const S* scale, E* to) {
-  for (int64_t r = 0; r < rows; ++r, from += stride, to += width) {
+void load_rows(const T* from, int64_t stride, int64_t rows, int64_t filled, int64_t width, const S* scale, E* to,
+               int64_t to_stride) {
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += to_stride) {
     if (scale) {
       const S inverse = inverse_norm<S>(from, width);
       for_each_vector<S>(width, [&](int64_t i, auto lanes) {
@@ -74,7 +77,7 @@ void load_rows(const T* from, int64_t stride, int64_t rows, int64_t filled, int6
       for_each_vector<S>(width, [&](int64_t i, auto lanes) { store(load(from + i, lanes), to + i, lanes); });
     }
   }
-  if (filled > rows) std::memset(static_cast<void*>(to), 0, (filled - rows) * width * sizeof(E));
+  if (filled > rows) std::memset(static_cast<void*>(to), 0, (filled - rows) * to_stride * sizeof(E));
 }
 
 #if defined(__AVX512F__)
@@ -130,17 +133,17 @@ void transpose_rows(const E* from, int64_t width, E* to, int64_t step) {
   }
 }
 
-// A vector's worth of rows, (kWidth, width), as the right side of a product whose sum is over the rows
+// A vector's worth of rows, `stride` apart, as the right side of a product whose sum is over the rows
 template <typename E>
-void interleave_rows(const E* from, int64_t width, E* to, int64_t step) {
+void interleave_rows(const E* from, int64_t stride, int64_t width, E* to, int64_t step) {
   using S = typename Step<E>::S;
-  for (int r = 0; r < Vec<S>::kWidth; r += Step<E>::kTerms, from += Step<E>::kTerms * width, to += step) {
+  for (int r = 0; r < Vec<S>::kWidth; r += Step<E>::kTerms, from += Step<E>::kTerms * stride, to += step) {
     if constexpr (Step<E>::kTerms == 1) {
       std::memcpy(to, from, width * sizeof(E));
     } else {
       for (int64_t d = 0; d < width; ++d) {
         to[2 * d] = from[d];
-        to[2 * d + 1] = from[width + d];
+        to[2 * d + 1] = from[stride + d];
       }
     }
   }
@@ -153,43 +156,51 @@ class Packed {
   static constexpr int kTerms = Step<E>::kTerms;
 
  public:
-  Packed(const Columns<S>& columns, int64_t width, bool transposed, bool interleaved)
+  // With zeros in the steps from D to `depth`
+  Packed(const Columns<S>& columns, int64_t width, int64_t depth, bool transposed, bool interleaved)
       : columns_(columns),
         width_(width),
+        depth_(depth),
         row_(round_up(width, Vec<S>::kWidth)),
-        rows_(Vec<S>::kWidth * width),
-        transposed_(transposed ? round_up(columns.count, kTileColumns<S>) * width : 0),
+        rows_(Vec<S>::kWidth * depth),
+        transposed_(transposed ? round_up(columns.count, kTileColumns<S>) * depth : 0),
         interleaved_(interleaved ? columns.count * row_ : 0),
         want_transposed_(transposed),
         want_interleaved_(interleaved) {
+    std::memset(static_cast<void*>(rows_.data()), 0, Vec<S>::kWidth * depth * sizeof(E));
     // What lies beyond D in a row is multiplied too, and dropped.
     if (interleaved) std::memset(static_cast<void*>(interleaved_.data()), 0, columns.count * row_ * sizeof(E));
   }
 
   template <typename T>
   void pack(const HeadRows& context, const HeadRows& own, int64_t b, int64_t h, const S* scale) {
+    pack<T>(context, own, b, h, scale, 0, columns_.count);
+  }
+
+  // Columns [begin, end) alone, which are whole vectors
+  template <typename T>
+  void pack(const HeadRows& context, const HeadRows& own, int64_t b, int64_t h, const S* scale, int64_t begin,
+            int64_t end) {
     const HeadRows* const sources[] = {&context, &own};
-    for (int s = 0; s < 2; ++s) {
+    for (int64_t column = begin; column < end; column += Vec<S>::kWidth) {
+      const int s = column < columns_.segment[1].column ? 0 : 1;
       const HeadRows& source = *sources[s];
-      const auto segment = columns_.segment[s];
-      for (int64_t i = 0; i < segment.count; i += Vec<S>::kWidth) {
-        const int64_t rest = segment.count - i;
-        const T* from =
-            static_cast<const T*>(source.data) + b * source.stride_b + h * source.stride_h + i * source.stride_l;
-        load_rows(from, source.stride_l, rest < Vec<S>::kWidth ? rest : Vec<S>::kWidth, Vec<S>::kWidth, width_, scale,
-                  rows_.data());
-        const int64_t column = segment.column + i;
-        if (want_transposed_) transpose_rows(rows_.data(), width_, panel_of(column), kTileColumns<S> * kTerms);
-        if (want_interleaved_) {
-          interleave_rows(rows_.data(), width_, interleaved_.data() + column * row_, row_ * kTerms);
-        }
+      const int64_t i = column - columns_.segment[s].column;
+      const int64_t rest = columns_.segment[s].count - i;
+      const int64_t rows = rest < 0 ? 0 : rest < Vec<S>::kWidth ? rest : Vec<S>::kWidth;
+      const T* from =
+          static_cast<const T*>(source.data) + b * source.stride_b + h * source.stride_h + i * source.stride_l;
+      load_rows(from, source.stride_l, rows, Vec<S>::kWidth, width_, scale, rows_.data(), depth_);
+      if (want_transposed_) transpose_rows(rows_.data(), depth_, panel_of(column), kTileColumns<S> * kTerms);
+      if (want_interleaved_) {
+        interleave_rows(rows_.data(), depth_, width_, interleaved_.data() + column * row_, row_ * kTerms);
       }
     }
   }
 
   // D steps of keys in columns, from `column` on, which begins a panel
   Right<E> keys_in_columns(int64_t column) { return {panel_of(column), kTileColumns<S> * kTerms}; }
-  int64_t panel() const { return kTileColumns<S> * width_; }
+  int64_t panel() const { return kTileColumns<S> * depth_; }
 
   // Steps over keys from `column` on, D in columns
   Right<E> width_in_columns(int64_t column) { return {interleaved_.data() + column * row_, row_ * kTerms}; }
@@ -200,7 +211,7 @@ class Packed {
   }
 
   const Columns<S>& columns_;
-  const int64_t width_;
+  const int64_t width_, depth_;
   const int64_t row_;  // D filled up to whole vectors
   Buffer<E> rows_, transposed_, interleaved_;
   const bool want_transposed_, want_interleaved_;

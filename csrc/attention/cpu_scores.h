@@ -24,6 +24,22 @@ IMAGEN_FAST_INLINE void add_constant(S value, int64_t n, S* row) {
   });
 }
 
+// body(own, at, key, count) for the keys of each segment among the columns [first, first + n): the first of them, as a
+// column counted from `first` and as a key.
+template <typename S, typename Body>
+IMAGEN_FAST_INLINE void for_each_segment(const Columns<S>& columns, int64_t first, int64_t n, Body&& body) {
+  for (int s = 0; s < 2; ++s) {
+    const auto& segment = columns.segment[s];
+    const int64_t begin = first > segment.column ? first : segment.column;
+    const int64_t segment_end = segment.column + segment.count;
+    const int64_t end = first + n < segment_end ? first + n : segment_end;
+    if (begin < end) body(s == 1, begin - first, begin - segment.column + segment.key, end - begin);
+  }
+}
+
+// Where the diagonal of query i and a key, an own one, stands among those of a head
+inline int64_t diagonal(const Problem& p, int64_t i, int64_t key) { return p.queries - 1 - i + key - p.context; }
+
 // The biases of a (sample, query head), in any of their forms, and the key mask.
 template <typename S>
 class Additions {
@@ -62,25 +78,16 @@ class Additions {
     if (p_.key_mask) return true;
     for (const auto& segment : columns_.segment) {
       const int64_t end = segment.column + segment.count;
-      const int64_t filled = round_up(end, Vec<S>::kWidth);
-      if (end < filled && filled > first && filled <= first + n) return true;
+      if (end < segment.filled && segment.filled > first && end < first + n) return true;
     }
     return false;
   }
 
   void add_biases(int64_t i, int64_t first, int64_t n, S* row) {
-    for (int s = 0; s < 2; ++s) {
-      const auto& segment = columns_.segment[s];
-      const int64_t begin = first > segment.column ? first : segment.column;
-      const int64_t segment_end = segment.column + segment.count;
-      const int64_t end = first + n < segment_end ? first + n : segment_end;
-      if (begin >= end) continue;
-      const int64_t key = begin - segment.column + segment.key;
-      if (p_.bias.data) add_bias(i, key, end - begin, row + (begin - first));
-      if (p_.relative.data && s == 1) {
-        add_row(diagonals_.data() + (p_.queries - 1 - i + key - p_.context), end - begin, row + (begin - first));
-      }
-    }
+    for_each_segment(columns_, first, n, [&](bool own, int64_t at, int64_t key, int64_t count) {
+      if (p_.bias.data) add_bias(i, key, count, row + at);
+      if (p_.relative.data && own) add_row(diagonals_.data() + diagonal(p_, i, key), count, row + at);
+    });
   }
 
   void add_bias(int64_t i, int64_t key, int64_t n, S* row) {

@@ -6,6 +6,7 @@
 
 #include "../common/number_formats.h"
 #include "../common/parameters.h"
+#include "matrix_tiles.h"
 
 namespace imagen_fast::attention {
 
@@ -62,6 +63,33 @@ struct Problem {
 struct Forward : Problem {
   HeadOutput out;
   void* lse;
+  MatrixTiles matrix_tiles;
+};
+
+// (B, Hq, Lq, Lc + Lk), each size that of the scores or 1, contiguous; not asked for if data is null.
+struct BiasGradient {
+  void* data = nullptr;
+  DType dtype = DType::kFloat;
+  int64_t batch = 1, heads = 1, queries = 1, keys = 1;
+};
+
+// Gradients whose data is null are not asked for.
+struct Backward : Problem {
+  HeadRows dout, out;
+  const void* lse;
+  HeadOutput dq, dk, dv, dcontext_k, dcontext_v;
+  BiasGradient dbias;
+  ParameterGradient dtable;  // (rows, Hq)
+  ParameterGradient dq_scale, dk_scale;
+
+  bool needs_dq() const { return dq.data || dq_scale.data; }
+  bool needs_dk() const { return dk.data || dcontext_k.data || dk_scale.data; }
+  bool needs_dv() const { return dv.data || dcontext_v.data; }
+
+  // Whether each element of the bias belongs to one score; the gradient of others has a kernel of its own.
+  bool has_bias_of_each_score() const {
+    return dbias.batch == batch && dbias.heads == q_heads && dbias.queries == queries && dbias.keys == keys();
+  }
 };
 
 }  // namespace imagen_fast::attention

@@ -231,6 +231,10 @@ def _run_eager(call: _Call) -> Tensor:
     )
 
 
+def _run_cpu(call: _Call) -> Tensor:
+    return run_operator(_forward["cpu"], *_operator_arguments(call))[0]
+
+
 def _notes(call: _Call) -> list[str]:
     return [
         f"{name} will be copied: its last dimension is not dense"
@@ -254,6 +258,7 @@ _OP = Op(
     _check,
     (
         Backend("eager", _run_eager),
+        Backend("cpu", _run_cpu, (dtypes("q", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
         Backend("triton", _run_triton, (dtypes("q", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     _notes,

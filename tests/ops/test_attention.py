@@ -294,7 +294,7 @@ def test_scores_that_are_all_large_and_alike(kernel: str, dtype: torch.dtype) ->
     assert_op_as_accurate(ops.attention, **arguments, scale=1.0)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])  # in float64, the truth is round-off
 def test_equal_keys(kernel: str, dtype: torch.dtype) -> None:
     """Weights are equal: the result is the mean of the values."""
     arguments = inputs(dtype=dtype)
@@ -359,7 +359,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         call |= {"context_k": strided(kv_heads, context), "context_v": strided(kv_heads, context)}
         keys += context
     parameter = draw(st.sampled_from(DTYPES[3:] if dtype == torch.float64 else DTYPES[:3]))
-    kind = draw(st.sampled_from(["none", "tensor", "table"]))
+    # (In float64 the truth of a bucket's gradient may be the round-off of a sum that cancels.)
+    kind = draw(st.sampled_from(["none", "tensor"] if dtype == torch.float64 else ["none", "tensor", "table"]))
     if kind == "tensor":
         sizes = [size if draw(st.booleans()) else 1 for size in (batch, q_heads, queries, keys)]
         bias = torch.randn(sizes[draw(st.integers(0, 4)) :]).to(parameter)
