@@ -339,7 +339,8 @@ def test_a_nan_spoils_its_own_head_alone(backend: str, name: str) -> None:
 @st.composite
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    dtype = draw(st.sampled_from(DTYPES))
+    # Not float64: where a gradient is 0, its truth would be eager's own round-off.
+    dtype = draw(st.sampled_from(DTYPES[:3]))
     kv_heads = draw(st.integers(1, 3))
     q_heads, batch = kv_heads * draw(st.integers(1, 3)), draw(st.integers(0, 3))
     width = 8 * draw(st.integers(1, 6))
@@ -358,9 +359,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         call |= {"context_k": strided(kv_heads, context), "context_v": strided(kv_heads, context)}
         keys += context
-    parameter = draw(st.sampled_from(DTYPES[3:] if dtype == torch.float64 else DTYPES[:3]))
-    # (In float64 the truth of a bucket's gradient may be the round-off of a sum that cancels.)
-    kind = draw(st.sampled_from(["none", "tensor"] if dtype == torch.float64 else ["none", "tensor", "table"]))
+    parameter = draw(st.sampled_from(DTYPES[:3]))
+    kind = draw(st.sampled_from(["none", "tensor", "table"]))
     if kind == "tensor":
         sizes = [size if draw(st.booleans()) else 1 for size in (batch, q_heads, queries, keys)]
         bias = torch.randn(sizes[draw(st.integers(0, 4)) :]).to(parameter)
