@@ -5,8 +5,7 @@
 #include <tuple>
 
 #include "../common/cpu_capability.h"
-#include "../common/norm_tensors.h"
-#include "problem.h"
+#include "arguments.h"
 
 namespace imagen_fast {
 
@@ -15,19 +14,6 @@ IMAGEN_FAST_DECLARE_KERNEL(void group_norm_act_backward(const group_norm_act::Ba
 
 namespace group_norm_act {
 namespace {
-
-constexpr const char* kOp = "group_norm_act";
-
-Problem problem(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                const std::optional<Tensor>& shift, int64_t activation) {
-  Problem p{norm_problem(kOp, x, activation), num_groups};
-  p.parameters = {per_channel(kOp, p, "weight", weight), per_channel(kOp, p, "bias", bias),
-                  per_sample(kOp, p, "scale", scale), per_sample(kOp, p, "shift", shift)};
-  STD_TORCH_CHECK(num_groups > 0 && p.channels % num_groups == 0, kOp, ": ", num_groups, " groups do not divide ",
-                  p.channels, " channels");
-  return p;
-}
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
