@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_sums(Backward f) {
   const Sources<T> source{static_cast<const T*>(f.x) + tile.start, static_cast<const T*>(f.dy) + tile.start,
                           tile.strides};
   tile_sums<kNhwc ? 1 : 2>(f, tile, affines, source, scratch,
-               f.chunk_sums + (tile.sample * f.chunks + tile.chunk) * f.channels + tile.first_channel);
+                           f.chunk_sums + (tile.sample * f.chunks + tile.chunk) * f.channels + tile.first_channel);
 }
 
 // Grid: a block per (sample, group).

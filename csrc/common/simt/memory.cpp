@@ -182,6 +182,8 @@ void start_copy(void* target, const void* source, int bytes, Location where) {
       {static_cast<unsigned char*>(target), static_cast<const unsigned char*>(source), bytes, this_thread->copy_group});
 }
 
+void commit_copies() { ++this_thread->copy_group; }
+
 void wait_for_copies(unsigned groups_in_flight) {
   std::vector<PendingCopy>& copies = this_thread->copies;
   auto copy = copies.begin();

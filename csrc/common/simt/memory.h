@@ -34,6 +34,7 @@ Block* shared_memory_owner(const void* address);
 unsigned char* find_shared_variable(const void* key, size_t bytes, size_t alignment);
 void* map_shared(const void* pointer, unsigned rank);
 void start_copy(void* target, const void* source, int bytes, Location where);
+void commit_copies();
 void wait_for_copies(unsigned groups_in_flight);
 [[noreturn]] void fail_misaligned(const void* address, size_t alignment, Location where);
 
@@ -94,7 +95,7 @@ inline void copy_async_16(void* shared, const void* global, int valid_bytes = 16
                           simt::Location where = simt::Location::here()) {
   simt::start_copy(shared, global, valid_bytes, where);
 }
-inline void copy_async_commit() { ++simt::this_thread->copy_group; }
+inline void copy_async_commit() { simt::commit_copies(); }
 template <int groups>
 void copy_async_wait() {
   simt::wait_for_copies(groups);
