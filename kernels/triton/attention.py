@@ -249,10 +249,10 @@ def backward(
     tiles = _tiles("backward", q)
     delta = torch.empty_like(lse)
     problem = _Problem(q, segments, bias, diagonal, key_mask, q_scale, k_scale, scale, dout, lse, delta, tiles)
-    if (asked[5] or asked[6]) and q.dtype != torch.float32:
-        _exact_delta(problem)
-    else:
+    if q.dtype == torch.float32:
         _delta(problem, out)
+    else:
+        _exact_delta(problem)
     if asked[0] or asked[6] or asked[7]:
         dq, dq_scale, dtable = _differentiate_queries(problem, buckets, table if asked[6] else None)
         gradients[0] = dq if asked[0] else gradients[0]

@@ -39,7 +39,7 @@ def test_group_norm_act_inputs_are_what_the_name_says(case: registry.Case) -> No
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("group_norm_akt", "did you mean 'group_norm_act'"), ("zzz", "there are: group_norm_act")],
+    [("group_norm_akt", "did you mean 'group_norm_act'"), ("zzz", "there are: abs_quantile")],
 )
 def test_unknown_op_names_the_nearest(given: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
