@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from . import testing
-from .integrations import give_back
+from .integrations import Fused, give_back
 
 Errors = tuple[float, float, float]  # ours, eager's, allowed; relative to the largest value of the truth
 
@@ -69,10 +69,11 @@ def _compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     original = copy.deepcopy(module)
     for inner in original.modules():
         give_back(inner)
-    ours = tree_leaves(_forward(module, args, kwargs))
-    eager = tree_leaves(_forward(original, args, kwargs))
+    compared = module.compared if isinstance(module, Fused) else lambda result: result
+    ours = tree_leaves(compared(_forward(module, args, kwargs)))
+    eager = tree_leaves(compared(_forward(original, args, kwargs)))
     with _no_autocast(ours):
-        truth = tree_leaves(_forward(original.double(), *tree_map(_to_float64, (args, kwargs))))
+        truth = tree_leaves(compared(_forward(original.double(), *tree_map(_to_float64, (args, kwargs)))))
     worst, failure = (0.0, 0.0, 0.0), None
     for our, their, true in zip(ours, eager, truth, strict=True):
         if not (_is_floating(our) and _is_floating(their)):  # a result may stand for a tensor that is not made

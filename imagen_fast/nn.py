@@ -133,3 +133,68 @@ class ChannelRMSNormAct(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}, activation={self.activation!r}"
+
+
+class AddRMSNorm(nn.Module):
+    """T5's layer norm, of a sum if a residual is given: `ops.rms_norm`. (`torch.nn.RMSNorm` takes no residual.)
+
+    Its parameter is that of transformers' `T5LayerNorm`, in the `state_dict` too.
+
+    Args:
+        channels: the last size of the input.
+        eps: added to the mean square.
+
+    Example:
+        >>> norm = imagen_fast.nn.AddRMSNorm(768)
+        >>> y = norm(x)  # x (..., 768)
+        >>> y, x = norm(attention(y), x)  # x = x + attention(y); y = norm(x)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        integer("channels", channels, minimum=1)
+        not_negative("eps", eps)
+        self.channels = channels
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x (..., channels); with a residual like x, that of their sum, and the sum."""
+        return ops.rms_norm(x, self.weight, residual=residual, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, eps={self.eps}"
+
+
+class GatedGELU(nn.Module):
+    """`gelu(gate) * value`, of two tensors or of the halves of one: `ops.gated_gelu`. It has no parameters.
+
+    Args:
+        approximate: "tanh", as T5 has it, or "none" for the exact GELU.
+
+    Example:
+        >>> ffn = nn.Sequential(nn.Linear(768, 2 * 2048, bias=False), GatedGELU(), nn.Linear(2048, 768, bias=False))
+    """
+
+    def __init__(self, approximate: str = "tanh") -> None:
+        super().__init__()
+        one_of("approximate", approximate, ("tanh", "none"))
+        self.approximate = approximate
+
+    def forward(self, gate: Tensor, value: Tensor | None = None) -> Tensor:
+        """gate and value (..., D) each, or gate alone (..., 2 D)."""
+        return ops.gated_gelu(gate, value, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"

@@ -32,7 +32,7 @@ from imagen_fast.models import (
     UNet,
     UNetConfig,
 )
-from imagen_fast.models.layers import GroupNormSiLU, ResnetBlock
+from imagen_fast.models.layers import Attention, GroupNormSiLU, ResnetBlock, TextCondition
 from imagen_fast.models.t5 import ByteTokenizer
 
 UNET = UNetConfig(16, (1, 2), 1, (1,), 8, text_dim=16, groups=4)
@@ -140,6 +140,36 @@ def test_every_group_norm_runs_on_the_op(calls):
     model = accelerated(unet())
     output(model)
     assert len(calls) == sum(isinstance(module, nn.GroupNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("build", [unet, efficient_unet])
+def test_attention_reads_text_and_pixels_where_they_are(build, monkeypatch):
+    model, contexts, op = accelerated(build()), [], ops.attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+        contexts.append(kwargs["context_k"])
+        return op(q, k, v, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", counted)
+    output(model)
+    assert len(contexts) == sum(isinstance(module, Attention) for module in model.modules())
+    assert all(context is not None and context.shape[2] == 6 for context in contexts)
+
+
+@pytest.mark.parametrize("self_attention", [True, False], ids=["self", "text-alone"])
+@pytest.mark.parametrize("with_text", [True, False], ids=["text", "no-text"])
+@pytest.mark.parametrize("heads", [2, 4, 8], ids=["width-16", "width-8", "width-4"])
+def test_attention_of_every_form(self_attention, with_text, heads):
+    if not (self_attention or with_text):
+        pytest.skip("there is nothing to attend to")
+    torch.manual_seed(0)
+    layer = Attention(32, heads=heads, text_width=12, self_attention=self_attention, groups=4)
+    nn.init.normal_(layer.to_out.weight)
+    x, tokens = torch.randn(2, 32, 5, 7), torch.randn(2, 6, 12)
+    text = TextCondition(tokens, torch.arange(6) < torch.tensor([[6], [1]])) if with_text else None
+    expected = layer(x, text)
+    layer.__class__ = reference.FusedAttention
+    torch.testing.assert_close(layer(x, text), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [unet, efficient_unet])
@@ -527,21 +557,36 @@ def test_report_of_a_cascade():
         module = model.get_submodule(entry.name)
         assert entry.fused_name == f"{type(module).__module__}.{type(module).__qualname__}"
         assert entry.class_name == f"{module.original.__module__}.{module.original.__qualname__}"
-        assert entry.ops == ("group_norm_act",)
+        assert entry.ops == module.ops
         assert entry.notes == ()
     fused = {name for name, module in model.named_modules() if isinstance(module, _fused.Fused)}
     assert {entry.name for entry in report.swapped} == fused
-    assert {name.split(".")[1] for name in fused} == {"base", "super"}
-    assert [(left.name, left.class_name) for left in report.left] == [
-        ("text_encoder", "imagen_fast.models.t5.encoder.T5Encoder")
-    ]
+    parts = {".".join(name.split(".")[: 2 if name.startswith("unets") else 1]) for name in fused}
+    assert parts == {"text_encoder", "unets.base", "unets.super"}
+    assert report.left == ()
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert report.to_dict()["swapped"][0]["name"] == report.swapped[0].name
     lines = str(report).splitlines()
-    assert lines[0] == f"Imagen: {len(fused)} modules on fused ops, 1 left as they were"
+    assert lines[0] == f"Imagen: {len(fused)} modules on fused ops, 0 left as they were"
     assert any(line.split()[:4] == ["unets.base.down.*.resnet", "ResnetBlock", "FusedResnetBlock", "group_norm_act"]
                for line in lines)  # fmt: skip
+    assert any(line.split()[:4] == ["text_encoder.blocks.*", "T5Block", "FusedT5Block", "rms_norm"] for line in lines)
+
+
+def test_report_of_a_cascade_whose_encoder_has_nothing_to_swap():
+    model = imagen()
+    _empty(model.text_encoder)
+    report = imagen_fast.accelerate(model)
+    assert [(left.name, left.class_name) for left in report.left] == [
+        ("text_encoder", "imagen_fast.models.t5.encoder.T5Encoder")
+    ]
+    lines = str(report).splitlines()
     assert any(line.startswith("text_encoder  T5Encoder  none of its modules has a fused form") for line in lines)
+
+
+def _empty(encoder: T5Encoder) -> T5Encoder:
+    encoder.blocks, encoder.final_norm = nn.ModuleList(), nn.Identity()
+    return encoder
 
 
 def test_sampling_with_a_cascade():
@@ -569,7 +614,7 @@ def test_report_says_which_children_are_called():
 
 
 def test_model_with_nothing_to_swap():
-    encoder = imagen().text_encoder
+    encoder = _empty(imagen().text_encoder)
     report = imagen_fast.accelerate(encoder)
     assert report.swapped == ()
     assert [left.reason for left in report.left] == ["none of its modules has a fused form"]

@@ -72,3 +72,28 @@ def test_repr_tells_its_settings() -> None:
 def test_wrong_settings_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         imagen_fast.nn.GroupNormAct(**({"num_groups": 4, "num_channels": 8} | wrong))
+
+
+def test_add_rms_norm_is_that_of_t5() -> None:
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    theirs, ours = t5.T5LayerNorm(8, eps=1e-3), imagen_fast.nn.AddRMSNorm(8, eps=1e-3)
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x, residual = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours(x, residual), (theirs(x + residual), x + residual))
+    assert repr(ours) == "AddRMSNorm(8, eps=0.001)"
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+        imagen_fast.nn.AddRMSNorm(0)
+
+
+def test_gated_gelu_of_two_tensors_or_one() -> None:
+    packed = torch.randn(2, 5, 16)
+    gate, value = packed.chunk(2, dim=-1)
+    for approximate in ("tanh", "none"):
+        module = imagen_fast.nn.GatedGELU(approximate)
+        assert torch.equal(module(packed), module(gate, value))
+        torch.testing.assert_close(module(packed), F.gelu(gate, approximate=approximate) * value)
+    assert repr(imagen_fast.nn.GatedGELU()) == "GatedGELU(approximate='tanh')"
+    with pytest.raises(ValueError, match="unknown approximate"):
+        imagen_fast.nn.GatedGELU("sigmoid")

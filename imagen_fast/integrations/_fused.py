@@ -18,6 +18,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
 from .. import ops
+from ..ops.attention import WIDEST
+from ..reference.attention import attention as eager_attention
 from ..reference.group_norm_act import ACTIVATIONS
 
 # The last two are what a plain tensor is while it is traced.
@@ -41,6 +43,11 @@ class Fused(nn.Module):
     ops: ClassVar[tuple[str, ...]]
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    @staticmethod
+    def compared(result: Any) -> Any:
+        """The part of a result, its own or the original's, that `verify` compares: what both have in the same form."""
+        return result
 
     @classmethod
     def obstacles(cls, module: nn.Module) -> list[str]:
@@ -146,10 +153,13 @@ def why_called(
 ) -> str | None:
     """Why `child` must be called, or None where reading its parameters amounts to the same.
 
+    The child is exactly of the expected class, or in the fused form of that class.
+
     This runs at every call of a fused block, so it asks for little more than a microsecond, and `torch.compile` traces
     it. Dynamo ignores hooks that are added after compilation, here as in any module.
     """
-    if type(child) is not expected:  # also true of a parametrized module, which has a class of its own
+    own = type(child)  # a parametrized module has a class of its own
+    if own is not expected and own.__dict__.get("original") is not expected:
         return f"it is not exactly a {expected.__name__}"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "it has hooks"
@@ -206,3 +216,14 @@ def group_norm_act(
         positions = (...,) + (None,) * (h.dim() - 2)
         h = h * (1 + scale[positions]) + shift[positions]
     return ACTIVATIONS[activation](h)
+
+
+def is_head_width(width: int) -> bool:
+    """Whether `ops.attention` takes heads of this width."""
+    return 0 < width <= WIDEST and width % 8 == 0
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    """`ops.attention`, or its plain form where one of q, k, v and the context is of a tensor subclass."""
+    run = ops.attention if is_plain(q, k, v, arguments.get("context_k")) else eager_attention
+    return run(q, k, v, **arguments)

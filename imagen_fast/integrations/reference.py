@@ -1,4 +1,4 @@
-"""The reference Imagen of this package: its residual blocks, attention and output norms on `ops.group_norm_act`."""
+"""The reference Imagen of this package: the parts of its U-Nets; those of its T5 encoder are in `_reference_t5`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ..models.layers import Attention, GroupNormSiLU, ResnetBlock, TextCondition
 from ..models.t5 import T5Encoder
 from ..models.unet import UNet
 from . import Integration
-from ._fused import Fused, group_norm_act, is_plain
+from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
+from ._reference_t5 import T5_FORMS
 
 # ---- Fused forms
 
@@ -39,14 +40,38 @@ class FusedResnetBlock(Fused, ResnetBlock):
 
 
 class FusedAttention(Fused, Attention):
-    """The group norm by the op; the rest as it is."""
+    """The group norm, and attention to the text and the pixels where they are, each in one op."""
 
     original = Attention
-    ops = ("group_norm_act",)
+    ops = ("group_norm_act", "attention")
     reads = {"norm": nn.GroupNorm}  # noqa: RUF012
 
     def forward(self, x: Tensor, text: TextCondition | None) -> Tensor:
         return x + self.attend(group_norm_act(self.norm, x, None), text)
+
+    def attend(self, x: Tensor, text: TextCondition | None) -> Tensor:
+        batch, channels, height, width = x.shape
+        if not is_head_width(channels // self.heads):
+            return super().attend(x, text)
+        pixels = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
+        q = self._split_heads(self.to_q(pixels))
+        segments: list[tuple[Tensor | None, Tensor | None]] = []
+        mask = None
+        if self.to_text_kv is not None and text is not None:
+            segments.append(self._keys_and_values(self.to_text_kv, text.tokens))
+            mask = text.mask if self.to_kv is None else F.pad(text.mask, (0, height * width), value=True)
+        if self.to_kv is not None:
+            segments.append(self._keys_and_values(self.to_kv, pixels))
+        (context_k, context_v), (k, v) = segments if len(segments) == 2 else ((None, None), *segments)
+        assert k is not None and v is not None  # noqa: PT018
+        h = attention(q, k, v, context_k=context_k, context_v=context_v, key_mask=mask)
+        h = self.to_out(h.transpose(1, 2).reshape(batch, height * width, channels))
+        return h.transpose(1, 2).reshape(batch, channels, height, width)
+
+    def _keys_and_values(self, project: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, heads, L, C / heads) each, parts of one projection of x (B, L, width)."""
+        k, v = project(x).chunk(2, dim=2)
+        return self._split_heads(k), self._split_heads(v)
 
 
 class FusedGroupNormSiLU(Fused, GroupNormSiLU):
@@ -82,6 +107,8 @@ def _runs(obj: nn.Module, inputs: Any) -> Iterator[Callable[[], object]]:
         for part in _parts(obj).values():
             if isinstance(part, UNet | EfficientUNet):
                 yield partial(part, **_synthetic_inputs(part))
+            elif isinstance(part, T5Encoder):
+                yield partial(part, **_synthetic_text(part))
     elif isinstance(obj, Imagen):
         yield partial(obj.sample, inputs, steps=1, progress=False)
     elif isinstance(inputs, tuple):
@@ -116,9 +143,17 @@ def _synthetic_inputs(unet: UNet | EfficientUNet) -> dict[str, Tensor]:
     return inputs
 
 
+def _synthetic_text(encoder: T5Encoder) -> dict[str, Tensor]:
+    """Two sentences of random tokens; one of them shorter."""
+    device, generator = encoder.embedding.weight.device, torch.Generator().manual_seed(0)
+    input_ids = torch.randint(encoder.config.vocab_size, (2, 21), generator=generator)
+    mask = torch.arange(21) < torch.tensor([[21], [13]])
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+
+
 INTEGRATION = Integration(
     serves=(Imagen, UNet, EfficientUNet, T5Encoder),
-    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU),
+    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS),
     parts=_parts,
     runs=_runs,
 )

@@ -163,6 +163,10 @@ _OP = Op("rms_norm", _check, (Backend("eager", _run_eager), Backend("cpu", _run(
 def rms_norm(x: Tensor, weight: Tensor, *, residual: None = None, eps: float = 1e-6) -> Tensor: ...
 @overload
 def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, residual: Tensor | None, eps: float = 1e-6
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ in half precision follows Hugging Face transformers, whose checkpoints these mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...reference.attention import RelativePositionBias, materialized
 from .config import T5Config
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -48,22 +48,6 @@ class T5RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
-def relative_position_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """The row of the position table for each signed distance `key position - query position` (int64, any shape).
-
-    Keys to the right use the upper half of the rows. Within a half, the first half of the rows stand for one distance
-    each, the others for logarithmically wider ranges up to `max_distance`, beyond which all share the last row.
-    """
-    per_direction = num_buckets // 2
-    exact = per_direction // 2
-    to_the_right = (distance > 0).long() * per_direction
-    distance = distance.abs()
-    octave = torch.log(distance.float() / exact) / math.log(max_distance / exact)
-    far = exact + (octave * (per_direction - exact)).long()
-    far = far.clamp(max=per_direction - 1)
-    return to_the_right + torch.where(distance < exact, distance, far)
-
-
 class T5RelativeBias(nn.Module):
     """T5's relative position bias: a learned number per head and bucket of distances."""
 
@@ -76,9 +60,11 @@ class T5RelativeBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The bias of every query and key, (1, heads, length, length), in the table's dtype."""
-        position = torch.arange(length, device=self.weight.device)
-        bucket = relative_position_bucket(position[None, :] - position[:, None], self.num_buckets, self.max_distance)
-        return F.embedding(bucket, self.weight).permute(2, 0, 1)[None]
+        return materialized(self.unmaterialized(), length, length)
+
+    def unmaterialized(self) -> RelativePositionBias:
+        """What the bias is made of; attention takes it in its place."""
+        return RelativePositionBias(self.weight, bidirectional=True, max_distance=self.max_distance)
 
     def extra_repr(self) -> str:
         return f"buckets={self.num_buckets}, heads={self.weight.shape[1]}, max_distance={self.max_distance}"
@@ -105,18 +91,20 @@ class T5Attention(nn.Module):
         nn.init.normal_(self.v.weight, std=config.d_model**-0.5)
         nn.init.normal_(self.o.weight, std=config.inner_dim**-0.5)
 
-    def forward(self, x: Tensor, bias: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | RelativePositionBias, key_mask: Tensor | None = None) -> Tensor:
         """Attend within each sentence.
 
         Args:
             x: (B, L, d_model).
-            bias: what `T5RelativeBias` returned, (1, heads, L, L).
+            bias: what `T5RelativeBias` returned, (1, heads, L, L), or what it is made of.
             key_mask: (B, L) bool, True where a token may be attended to. A sentence without such a token attends to all
                 its tokens alike: the lowest finite value takes the place of their scores, which keeps NaN away.
         """
         q = self._split_heads(self.q(x))  # (B, heads, L, d_kv)
         k = self._split_heads(self.k(x))
         v = self._split_heads(self.v(x))
+        if isinstance(bias, RelativePositionBias):
+            bias = materialized(bias, x.shape[1], x.shape[1])
         scores = _at_least_fp32(q @ k.transpose(-1, -2)) + bias  # (B, heads, L, L)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -136,7 +124,7 @@ class T5FFN(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -144,7 +132,7 @@ class T5FFN(nn.Module):
         nn.init.normal_(self.wo.weight, std=config.d_ff**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project_out(self.dropout(self.activation(self.wi(x))), self.wo)
+        return project_out(self.dropout(self.activation(self.wi(x))), self.wo)
 
 
 class T5GatedFFN(nn.Module):
@@ -152,7 +140,7 @@ class T5GatedFFN(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
@@ -162,10 +150,10 @@ class T5GatedFFN(nn.Module):
         nn.init.normal_(self.wo.weight, std=config.d_ff**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project_out(self.dropout(self.activation(self.wi_0(x)) * self.wi_1(x)), self.wo)
+        return project_out(self.dropout(self.activation(self.wi_0(x)) * self.wi_1(x)), self.wo)
 
 
-def _project_out(x: Tensor, wo: nn.Linear) -> Tensor:
+def project_out(x: Tensor, wo: nn.Linear) -> Tensor:
     if x.dtype != wo.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(wo.weight.dtype)
     return wo(x)
@@ -182,7 +170,9 @@ class T5Block(nn.Module):
         self.ffn = T5GatedFFN(config) if config.is_gated else T5FFN(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, bias: Tensor | None, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, bias: Tensor | RelativePositionBias | None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | RelativePositionBias | None]:
         """The block's output, and the position bias for the blocks after it that have no table of their own.
 
         Args:

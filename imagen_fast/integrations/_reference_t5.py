@@ -1,0 +1,145 @@
+"""The T5 encoder of this package: its norms, with the residual of the first half of a block, its attention with the
+position bias unmaterialised, and its gated feed-forward part on the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.t5.layers import (
+    ACTIVATIONS,
+    T5Attention,
+    T5Block,
+    T5GatedFFN,
+    T5RelativeBias,
+    T5RMSNorm,
+    clamp_fp16,
+    project_out,
+)
+from ..reference.attention import RelativePositionBias
+from ._fused import Fused, attention, is_head_width, is_plain, why_called
+
+_WEIGHT = ("weight",)
+_HALF = (torch.float16, torch.bfloat16)
+
+# For the op, the activations that it knows
+_APPROXIMATE: dict[Callable[[Tensor], Tensor], str] = {ACTIVATIONS["gelu_new"]: "tanh", ACTIVATIONS["gelu"]: "none"}
+
+
+def _normalized(norm: T5RMSNorm, x: Tensor) -> Tensor:
+    """norm(x) by the op, in the dtype that the norm gives: the weight's if it has 16 bits, else the wider of both."""
+    weight = norm.weight
+    dtype = weight.dtype if weight.dtype in _HALF else torch.promote_types(x.dtype, weight.dtype)
+    return ops.rms_norm(x if dtype in _HALF else x.to(dtype), weight, eps=norm.eps).to(dtype)
+
+
+def _is_read(norm: nn.Module, *x: Tensor) -> bool:
+    return why_called(norm, T5RMSNorm, _WEIGHT) is None and is_plain(*x)
+
+
+def _norm(norm: T5RMSNorm, x: Tensor) -> Tensor:
+    return _normalized(norm, x) if _is_read(norm, x) else norm(x)
+
+
+def _add_and_norm(norm: T5RMSNorm, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, clamped as T5 clamps it, and its norm: in one pass where nothing is clamped or cast."""
+    if x.dtype == added.dtype != torch.float16 and _is_read(norm, x, added) and norm.weight.dtype == x.dtype:
+        y, x = ops.rms_norm(added, norm.weight, residual=x, eps=norm.eps)
+        return x, y
+    x = clamp_fp16(x + added)
+    return x, _norm(norm, x)
+
+
+class FusedT5RMSNorm(Fused, T5RMSNorm):
+    """In one op."""
+
+    original = T5RMSNorm
+    ops = ("rms_norm",)
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        reason = "it runs as it is: its weight is of a tensor subclass"
+        return [] if isinstance(module, T5RMSNorm) and is_plain(module.weight) else [reason]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _normalized(self, x) if is_plain(x, self.weight) else super().forward(x)
+
+
+class FusedT5Attention(Fused, T5Attention):
+    """Scores, position bias, mask and softmax in one op, which does not hold the bias in memory."""
+
+    original = T5Attention
+    ops = ("attention",)
+
+    def forward(self, x: Tensor, bias: Tensor | RelativePositionBias, key_mask: Tensor | None = None) -> Tensor:
+        dropout = self.training and self.dropout_rate > 0
+        if dropout or not is_head_width(self.d_kv) or not is_plain(x, *_table(bias)):
+            return super().forward(x, bias, key_mask)
+        q, k, v = (self._split_heads(project(x)) for project in (self.q, self.k, self.v))
+        mixed = attention(q, k, v, bias=bias, key_mask=key_mask, scale=1.0)
+        if key_mask is not None:
+            mixed = _with_means(mixed, v, key_mask)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+def _table(bias: Tensor | RelativePositionBias) -> tuple[Tensor]:
+    return (bias.table if isinstance(bias, RelativePositionBias) else bias,)
+
+
+def _with_means(mixed: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
+    """A sentence without a token to attend to attends to all of them alike; the op gives it zeros."""
+    empty = ~key_mask.any(1)
+    if not torch.compiler.is_compiling() and empty.device.type == "cpu" and not empty.any():
+        return mixed
+    return torch.where(empty[:, None, None, None], v.mean(2, keepdim=True), mixed)
+
+
+class FusedT5GatedFFN(Fused, T5GatedFFN):
+    """The activation and the product in one op."""
+
+    original = T5GatedFFN
+    ops = ("gated_gelu",)
+
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        known = isinstance(module, T5GatedFFN) and module.activation in _APPROXIMATE
+        return [] if known else ["it runs as it is: its activation is no gelu"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.wi_0(x), self.wi_1(x)
+        approximate = _APPROXIMATE.get(self.activation)
+        if approximate is None or gate.dtype != value.dtype or not is_plain(gate, value):
+            h = self.activation(gate) * value
+        else:
+            h = ops.gated_gelu(gate, value, approximate)
+        return project_out(self.dropout(h), self.wo)
+
+
+class FusedT5Block(Fused, T5Block):
+    """The first residual is added by the norm that reads the sum; the position bias is passed on unmaterialised."""
+
+    original = T5Block
+    ops = ("rms_norm",)
+    reads = {"attention_norm": T5RMSNorm, "ffn_norm": T5RMSNorm}  # noqa: RUF012
+    parameters_read = _WEIGHT
+
+    @staticmethod
+    def compared(result: tuple[Tensor, object]) -> Tensor:
+        return result[0]  # the bias is passed on in another form
+
+    def forward(
+        self, x: Tensor, bias: Tensor | RelativePositionBias | None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | RelativePositionBias | None]:
+        table = self.attention.relative_bias
+        if table is not None:
+            plain = why_called(table, T5RelativeBias, _WEIGHT) is None and is_plain(x)
+            bias = table.unmaterialized() if plain else table(x.shape[1])
+        attended = self.dropout(self.attention(_norm(self.attention_norm, x), bias, key_mask))
+        x, y = _add_and_norm(self.ffn_norm, x, attended)
+        return clamp_fp16(x + self.dropout(self.ffn(y))), bias
+
+
+T5_FORMS = (FusedT5Block, FusedT5Attention, FusedT5GatedFFN, FusedT5RMSNorm)
