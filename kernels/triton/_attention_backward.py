@@ -9,8 +9,8 @@ through the queries of all heads that read it; that of queries by one for each b
 for each block of the bias, which goes through whatever it is broadcast over. The table's gradient is collected by the
 programs of the queries, for each bucket, and summed over them afterwards.
 
-In 16 bits delta is taken from P and dP, at the cost of two more products: out has been rounded, and where a query attends
-to one key almost alone, the small difference dP - delta would be lost in that.
+In 16 bits delta is taken from P and dP, at the cost of two more products: out has been rounded, and where a query
+attends to one key almost alone, the small difference dP - delta would be lost in that.
 """
 
 from __future__ import annotations
