@@ -30,6 +30,7 @@ import importlib
 import inspect
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -46,7 +47,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 def once(function: Callable[[], None]) -> Callable[[], None]:
     """Run `function` at the first call only, and for real while `torch.compile` traces."""
-    return traced_as_constant(functools.cache(function))
+    lock = threading.Lock()
+    done = False
+
+    # (functools.cache would not do: Dynamo looks through it.)
+    @traced_as_constant
+    def run() -> None:
+        nonlocal done
+        if not done:
+            with lock:
+                if not done:
+                    function()
+                    done = True
+
+    return run
 
 
 def kernels(op: str) -> ModuleType:
