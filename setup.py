@@ -67,7 +67,8 @@ def find_compiler() -> list[str] | None:
 
 
 def find_ninja() -> str:
-    if found := shutil.which("ninja"):
+    """This environment's, whatever the path says: two versions do not read each other's logs, and would build anew."""
+    if found := shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja"):
         return found
     import ninja  # the package of that name, which build isolation installs
 

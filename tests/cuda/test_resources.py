@@ -6,7 +6,6 @@ it: `python setup.py build_ext --inplace && python tools/cuda_resources.py --wri
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from imagen_fast import _cuda
 ROOT = Path(__file__).parents[2]
 
 sys.path.insert(0, str(ROOT / "tools"))
+import build_emulator  # noqa: E402
 import cuda_resources  # noqa: E402
 
 WRITE = "python setup.py build_ext --inplace && python tools/cuda_resources.py --write"
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_build_is_of_these_sources() -> None:
-    ninja = shutil.which("ninja") or pytest.skip("needs ninja")
+    ninja = build_emulator.setup_module().find_ninja()  # the one that built
     run = subprocess.run([ninja, "-C", str(cuda_resources.LOGS), "-n"], capture_output=True, text=True, check=True)
     assert "no work to do" in run.stdout, "build first: python setup.py build_ext --inplace"
 
