@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import diffusion, models, nn, ops, testing
-    from .accelerate import Report, accelerate, restore
+    from .accelerate import Report, accelerate, invalidate, restore
     from .backends import explain, use_backend
     from .reference.attention import RelativePositionBias
 
@@ -26,6 +26,7 @@ __all__ = [
     "accelerate",
     "diffusion",
     "explain",
+    "invalidate",
     "models",
     "nn",
     "ops",
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "Report": "accelerate",
     "accelerate": "accelerate",
     "explain": "backends",
+    "invalidate": "accelerate",
     "restore": "accelerate",
     "use_backend": "backends",
 }

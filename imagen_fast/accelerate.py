@@ -21,6 +21,7 @@ from .integrations import (
     Form,
     FusedMethod,
     Integration,
+    forget,
     give_back,
     has_form,
     integration_of,
@@ -29,7 +30,7 @@ from .integrations import (
     take_form,
 )
 
-__all__ = ["AccelerationError", "Accuracy", "Left", "Report", "Swapped", "accelerate", "restore"]
+__all__ = ["AccelerationError", "Accuracy", "Left", "Report", "Swapped", "accelerate", "invalidate", "restore"]
 
 
 class AccelerationError(UserError, RuntimeError):
@@ -248,6 +249,26 @@ def restore(obj: Any) -> None:
     for piece in _pieces(obj):
         give_back(piece)
     _detach(obj)
+
+
+def invalidate(obj: Any) -> None:
+    """Drop what is kept of `obj`, to be computed anew: for changes that PyTorch does not let be seen.
+
+    Kept is the table of coefficients of an accelerated diffusers scheduler. It follows `set_timesteps` and writes in
+    place; writes through `.data` or a numpy alias, and any to tensors made in inference mode, need this.
+
+    Args:
+        obj: what `accelerate` takes, or any module that holds it; nothing happens to what is not accelerated.
+
+    Raises:
+        TypeError: no integration serves `obj`, and it is not a module.
+
+    Example:
+        >>> pipe.scheduler.sigmas.numpy()[0] = 12.0
+        >>> imagen_fast.invalidate(pipe)
+    """
+    for piece in _pieces(obj):
+        forget(piece)
 
 
 def _detach(obj: Any) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ._fused import Form, Fused, FusedMethod, give_back, has_form, own_methods, take_form
+from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
 
 __all__ = [
     "Form",
     "Fused",
     "FusedMethod",
     "Integration",
+    "forget",
     "give_back",
     "has_form",
     "integration_of",

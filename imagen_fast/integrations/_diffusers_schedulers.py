@@ -42,9 +42,9 @@ class _FusedStep(FusedMethod):
 
     def __init__(self, owner: Any) -> None:
         super().__init__(owner)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         self._made_of: tuple[Any, ...] = ()
         self._tables: dict[Any, StepTable | None] = {}
         self._told: list[float] = []
@@ -69,12 +69,11 @@ class _FusedStep(FusedMethod):
         """The table for `key`; made anew after `set_timesteps` and the like; None where the scheduler must step."""
         made_of = [getattr(self.owner, name) for name in self.made_of] + [self.owner._internal_dict]
         same = len(made_of) == len(self._made_of) and all(
-            a is b and getattr(a, "_version", 0) == version
-            for a, (b, version) in zip(made_of, self._made_of, strict=True)
+            a is b and _version(a) == version for a, (b, version) in zip(made_of, self._made_of, strict=True)
         )
         if not same:
-            self._forget()
-            self._made_of = tuple((value, getattr(value, "_version", 0)) for value in made_of)
+            self.forget()
+            self._made_of = tuple((value, _version(value)) for value in made_of)
             self._unfit = self.why_left(self.owner)
         if key not in self._tables:
             try:
@@ -115,6 +114,11 @@ class _FusedStep(FusedMethod):
         if not self._told:
             self._told = timesteps.tolist()
         return self._told.index(int(timestep)) if int(timestep) in self._told else None
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been written to in place. Of one made in inference mode nobody knows."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _why_threshold_left(config: Any) -> str | None:

@@ -88,6 +88,9 @@ class FusedMethod:
         """As of `Fused`."""
         return []
 
+    def forget(self) -> None:
+        """Drop what was computed from the object, to be computed anew."""
+
 
 Form = type[Fused] | type[FusedMethod]
 
@@ -123,6 +126,14 @@ def give_back(module: Any) -> None:
     elif not isinstance(module, nn.Module):
         for name in [name for name, value in vars(module).items() if isinstance(value, FusedMethod)]:
             del vars(module)[name]
+
+
+def forget(obj: Any) -> None:
+    """Have the fused methods of an object drop what they keep."""
+    if not isinstance(obj, nn.Module):
+        for value in vars(obj).values():
+            if isinstance(value, FusedMethod):
+                value.forget()
 
 
 def own_methods(module: nn.Module) -> dict[str, str]:

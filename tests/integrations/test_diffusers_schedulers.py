@@ -291,3 +291,33 @@ def test_a_pipelines_scheduler_is_accelerated_with_it() -> None:
     imagen_fast.restore(pipe)
     assert "step" not in vars(pipe.scheduler)
     assert torch.equal(draw(), expected)
+
+
+def one_step(scheduler: Any) -> Tensor:
+    sample, output = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    scheduler._step_index = None
+    return scheduler.step(output, scheduler.timesteps[2], sample).prev_sample
+
+
+def test_a_write_that_pytorch_hides_is_seen_after_invalidate() -> None:
+    scheduler = build("euler")
+    imagen_fast.accelerate(scheduler)
+    before = one_step(scheduler)
+    scheduler.sigmas.numpy()[3] *= 0.5
+    assert torch.equal(one_step(scheduler), before)  # nobody can tell
+    imagen_fast.invalidate(scheduler)
+    ours = one_step(scheduler)
+    imagen_fast.restore(scheduler)
+    torch.testing.assert_close(ours, one_step(scheduler))
+    assert not torch.allclose(ours, before)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "dpm", "euler"])
+def test_it_works_in_inference_mode(kind: str) -> None:
+    with torch.inference_mode():
+        plain, ours = build(kind), build(kind)
+        imagen_fast.accelerate(ours)
+        torch.manual_seed(3)
+        expected = one_step(plain)
+        torch.manual_seed(3)
+        torch.testing.assert_close(one_step(ours), expected, rtol=1e-4, atol=1e-5)
