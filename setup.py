@@ -86,14 +86,19 @@ class Library:
     link_flags: list[str]
     keep_log: bool = False  # what the compiler says of an object goes to a file beside it, ….o.log
 
-    def ninja(self) -> str:
-        """The contents of build.ninja."""
+    def ninja(self, folder: Path) -> str:
+        """The contents of build.ninja in `folder`. Files of the checkout are named from there, so that a copy of the
+        checkout has nothing to build."""
+
+        def near(part: str) -> str:
+            before, slash, rest = part.partition(str(ROOT))
+            return before + os.path.relpath(slash + rest, folder) if slash else part
 
         def words(parts: list[str]) -> str:
-            return shlex.join(parts).replace("$", "$$")
+            return shlex.join(map(near, parts)).replace("$", "$$")
 
         def path(value: Path | str) -> str:
-            return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            return near(str(value)).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
         log = " > $out.log 2>&1 || (cat $out.log; false)" if self.keep_log else ""
         lines = [
@@ -122,8 +127,8 @@ class Library:
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "build.ninja"
         # An unchanged script keeps its time, so that a second call has nothing to do.
-        if not script.exists() or script.read_text() != self.ninja():
-            script.write_text(self.ninja())
+        if not script.exists() or script.read_text() != self.ninja(folder):
+            script.write_text(self.ninja(folder))
         if subprocess.run([find_ninja(), "-C", str(folder)], stdout=2).returncode:
             raise SystemExit(f"imagen_fast: {self.name} could not be built; the compiler's messages are above")
         return folder / self.name
