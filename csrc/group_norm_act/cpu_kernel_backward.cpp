@@ -64,8 +64,9 @@ class GroupSums {
 
 // ---- [batch][channels][positions]
 
-template <typename T, typename Act, typename S>
-Sums<S> sum_row(const T* dy, const T* x, int64_t n, S mean, Affine<S> affine) {
+// Keep: dt goes to `kept` too.
+template <typename T, typename Act, bool Keep, typename S>
+Sums<S> sum_row(const T* dy, const T* x, int64_t n, S mean, Affine<S> affine, [[maybe_unused]] S* kept) {
   RowSum<S> sum_dt;
   RowSum<S> sum_dt_d;
   for_each_vector<S>(n, [&](int64_t i, auto lanes) {
@@ -74,8 +75,19 @@ Sums<S> sum_row(const T* dy, const T* x, int64_t n, S mean, Affine<S> affine) {
     const V dt = load(dy + i, lanes) * Act::template slope<T>(fma(d, V(affine.multiplier), V(affine.offset)));
     sum_dt.add(dt, lanes);
     sum_dt_d.add_product(dt, d, lanes);
+    if constexpr (Keep) store(dt, kept + i, lanes);
   });
   return {sum_dt.total(), sum_dt_d.total()};
+}
+
+template <typename T, typename S>
+void apply_row_kept(const S* kept, const T* x, T* dx, int64_t n, S mean, S multiplier, GroupTerms<S> terms) {
+  for_each_vector<S>(n, [&](int64_t i, auto lanes) {
+    using V = typename decltype(lanes)::V;
+    const V d = load(x + i, lanes) - V(mean);
+    const V dt = load(kept + i, lanes);
+    store(fms(dt, V(multiplier), fma(d, V(terms.slope), V(terms.constant))), dx + i, lanes);
+  });
 }
 
 template <typename T, typename Act, typename S>
@@ -96,6 +108,9 @@ class ChannelsFirst {
   // Positions of a channel that are summed in float before they join a sum in double
   static constexpr int64_t kPart = 64 * Wide<S>::kWidth;
 
+  // Bytes of dt that stay in the second-level cache beside x; of a slab with no more, dt is not computed twice.
+  static constexpr int64_t kKeptBytes = 256 * 1024;
+
  public:
   ChannelsFirst(const Backward& f, ChannelSums* sums)
       : f_(f),
@@ -108,12 +123,16 @@ class ChannelsFirst {
 
  private:
   void run_whole() const {
-    parallel_for(slabs_, group_size_ * f_.positions, [&](int64_t begin, int64_t end) {
+    const int64_t slab_size = group_size_ * f_.positions;
+    const bool keeps = f_.dx && slab_size * static_cast<int64_t>(sizeof(S)) <= kKeptBytes;
+    parallel_for(slabs_, slab_size, [&](int64_t begin, int64_t end) {
       Buffer<Sums<S>> sums(group_size_ * parts_);
+      Buffer<S> kept(keeps ? slab_size : 0);
       for (int64_t slab = begin; slab < end; ++slab) {
-        for (int64_t i = 0; i < group_size_ * parts_; ++i) sums[i] = measure(slab, i);
+        S* const dt = keeps ? kept.data() : nullptr;
+        for (int64_t i = 0; i < group_size_ * parts_; ++i) sums[i] = measure(slab, i, dt);
         const GroupTerms<S> terms = finish(slab, sums.data());
-        for (int64_t i = f_.dx ? group_size_ * parts_ - 1 : -1; i >= 0; --i) apply(slab, i, terms);
+        for (int64_t i = f_.dx ? group_size_ * parts_ - 1 : -1; i >= 0; --i) apply(slab, i, terms, dt);
       }
     });
   }
@@ -149,10 +168,13 @@ class ChannelsFirst {
             f_.positions - first < kPart ? f_.positions - first : kPart, static_cast<const S*>(f_.mean)[slab], affine};
   }
 
-  Sums<S> measure(int64_t slab, int64_t i) const {
+  // dt of the whole slab, if it is not null, is written by `measure` and read by `apply`.
+  Sums<S> measure(int64_t slab, int64_t i, S* dt = nullptr) const {
     const Part p = part(slab, i);
-    return sum_row<T, Act>(static_cast<const T*>(f_.dy) + p.offset, static_cast<const T*>(f_.x) + p.offset, p.size,
-                           p.mean, p.affine);
+    const T* dy = static_cast<const T*>(f_.dy) + p.offset;
+    const T* x = static_cast<const T*>(f_.x) + p.offset;
+    if (!dt) return sum_row<T, Act, false, S>(dy, x, p.size, p.mean, p.affine, nullptr);
+    return sum_row<T, Act, true>(dy, x, p.size, p.mean, p.affine, dt + p.offset - slab * group_size_ * f_.positions);
   }
 
   GroupTerms<S> finish(int64_t slab, const Sums<S>* sums) const {
@@ -169,10 +191,15 @@ class ChannelsFirst {
     return group.terms();
   }
 
-  void apply(int64_t slab, int64_t i, GroupTerms<S> terms) const {
+  void apply(int64_t slab, int64_t i, GroupTerms<S> terms, const S* dt = nullptr) const {
     const Part p = part(slab, i);
-    apply_row<T, Act>(static_cast<const T*>(f_.dy) + p.offset, static_cast<const T*>(f_.x) + p.offset,
-                      static_cast<T*>(f_.dx) + p.offset, p.size, p.mean, p.affine, terms);
+    const T* x = static_cast<const T*>(f_.x) + p.offset;
+    T* dx = static_cast<T*>(f_.dx) + p.offset;
+    if (dt) {
+      const S* kept = dt + p.offset - slab * group_size_ * f_.positions;
+      return apply_row_kept(kept, x, dx, p.size, p.mean, p.affine.multiplier, terms);
+    }
+    apply_row<T, Act>(static_cast<const T*>(f_.dy) + p.offset, x, dx, p.size, p.mean, p.affine, terms);
   }
 
   const Backward& f_;
