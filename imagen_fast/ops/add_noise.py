@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _triton
 from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, is_dense
 from ..reference.add_noise import add_noise as eager_add_noise
@@ -86,17 +87,26 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dalphas = None
     if need_dalphas:
         n = alphas_cumprod.shape[0]
-        alpha = alphas_cumprod[timesteps.clamp(0, n - 1)]
+        alpha = alphas_cumprod.double()[timesteps.clamp(0, n - 1)]
         along_x0, along_noise = ((dy.double() * tensor.double()).flatten(1).sum(1) for tensor in (x0, noise))
         by_sample = along_x0 / (2 * alpha.sqrt()) - along_noise / (2 * (1 - alpha).sqrt())
-        known = (timesteps >= 0) & (timesteps < n)
-        dalphas = torch.zeros_like(alphas_cumprod).index_add(0, timesteps.clamp(0, n - 1), by_sample.where(known, 0.0))
+        # (Not by index_add, whose order is not fixed on a GPU.)
+        taken = timesteps[:, None] == torch.arange(n, device=timesteps.device)
+        dalphas = by_sample[:, None].where(taken, 0.0).sum(0).to(alphas_cumprod.dtype)
     return dx0, dnoise, dalphas, None
 
 
 torch.library.register_autograd(
     "imagen_fast::add_noise_cpu", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
 )
+
+
+@_triton.once
+def _define_triton() -> None:
+    _triton.define("add_noise_triton", _triton.kernels("add_noise").forward, fake=_fake)
+    torch.library.register_autograd(
+        "imagen_fast::add_noise_triton", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
+    )
 
 
 def _run_cpu(call: _Call) -> Tensor:
@@ -107,6 +117,15 @@ def _run_cpu(call: _Call) -> Tensor:
         dense(noise),
         alphas_cumprod.double().contiguous(),
         timesteps.long().contiguous(),
+    )
+    return y
+
+
+def _run_triton(call: _Call) -> Tensor:
+    _define_triton()
+    x0, noise, alphas_cumprod, timesteps = call
+    y: Tensor = run_operator(
+        torch.ops.imagen_fast.add_noise_triton.default, dense(x0), dense(noise), alphas_cumprod, timesteps
     )
     return y
 
@@ -125,6 +144,7 @@ _OP = Op(
     (
         Backend("eager", lambda call: eager_add_noise(*call)),
         Backend("cpu", _run_cpu, (dtypes("x0", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
+        Backend("triton", _run_triton, (dtypes("x0", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     _notes,
 )
