@@ -17,9 +17,6 @@ t from x. With dt = dy * activation'(t), g = dt * weight * (1 + scale) and P = s
 and with the sums over positions of every (sample, channel), S = sum dt and T = sum dt * xhat,
 
     dshift = S        dscale = weight * T        dweight = sum_B (1 + scale) * T
-
-The backward operator of the CPU forms these itself, and only those that are asked for. One that returns dx, S and T, as
-suits a GPU, leaves them to `_group_norm_gradients.parameter_gradients`, with a bias of None.
 """
 
 from __future__ import annotations
@@ -30,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _triton
 from ..backends import Backend, Op, dtypes, run_operator
 from ..layout import dense, dense_like
 from ..reference.channel_rms_norm_act import channel_rms_norm_act as eager_channel_rms_norm_act
@@ -64,27 +62,13 @@ def _check(
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
-_LIBRARY.define(
-    "channel_rms_norm_act_cpu(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int activation) "
-    "-> (Tensor y, Tensor rstd)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "channel_rms_norm_act_backward_cpu(Tensor dy, Tensor x, Tensor rstd, Tensor weight, Tensor? scale, Tensor? shift, "
-    "int activation, int needs) -> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_forward = torch.ops.imagen_fast.channel_rms_norm_act_cpu.default
-_backward = torch.ops.imagen_fast.channel_rms_norm_act_backward_cpu.default
 
 
-@torch.library.register_fake("imagen_fast::channel_rms_norm_act_cpu", lib=_LIBRARY)
 def _fake_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rstd = x.new_empty((x.shape[0], math.prod(x.shape[2:])), dtype=_norms.accumulator(x))
     return x.new_empty_strided(x.shape, x.stride()), rstd
 
 
-@torch.library.register_fake("imagen_fast::channel_rms_norm_act_backward_cpu", lib=_LIBRARY)
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
@@ -106,24 +90,54 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(x, rstd, weight, scale, shift)
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, rstd, weight, scale, shift = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:4]
-    gradients = _backward(dense_like(dy, x), x, rstd, weight, scale, shift, ctx.activation, _norms.bits(needed))
-    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
+def _register_autograd(backend: str) -> None:
+    """The autograd formula of the operators of one backend."""
+    backward = getattr(torch.ops.imagen_fast, f"channel_rms_norm_act_backward_{backend}").default
+
+    def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, rstd, weight, scale, shift = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        gradients = backward(dense_like(dy, x), x, rstd, weight, scale, shift, ctx.activation, _norms.bits(needed))
+        return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
+
+    def no_second_derivative(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"channel_rms_norm_act has no second derivative on the {backend} backend; "
+            'run its forward pass under imagen_fast.use_backend("eager"), which has'
+        )
+
+    operator, library = f"imagen_fast::channel_rms_norm_act_{backend}", _LIBRARY
+    torch.library.register_autograd(operator, differentiate, setup_context=_save_for_backward, lib=library)
+    operator = f"imagen_fast::channel_rms_norm_act_backward_{backend}"
+    torch.library.register_autograd(operator, no_second_derivative, lib=library)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "channel_rms_norm_act has no second derivative on the cpu backend; "
-        'run its forward pass under imagen_fast.use_backend("eager"), which has'
+def _define(backend: str) -> None:
+    """The operators of a backend that a library implements."""
+    _LIBRARY.define(
+        f"channel_rms_norm_act_{backend}(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int activation) "
+        "-> (Tensor y, Tensor rstd)",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
+    _LIBRARY.define(
+        f"channel_rms_norm_act_backward_{backend}(Tensor dy, Tensor x, Tensor rstd, Tensor weight, Tensor? scale, "
+        "Tensor? shift, int activation, int needs) -> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake(f"imagen_fast::channel_rms_norm_act_{backend}", _fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(f"imagen_fast::channel_rms_norm_act_backward_{backend}", _fake_backward, lib=_LIBRARY)
+    _register_autograd(backend)
 
 
-torch.library.register_autograd(
-    "imagen_fast::channel_rms_norm_act_cpu", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
-)
-torch.library.register_autograd("imagen_fast::channel_rms_norm_act_backward_cpu", _no_second_derivative, lib=_LIBRARY)
+_define("cpu")
+
+
+@_triton.once
+def _define_triton() -> None:
+    kernels = _triton.kernels("channel_rms_norm_act")
+    _triton.define("channel_rms_norm_act_triton", kernels.forward, fake=_fake_forward)
+    _triton.define("channel_rms_norm_act_backward_triton", kernels.backward, fake=_fake_backward)
+    _register_autograd("triton")
 
 
 def _run_eager(call: _Call) -> Tensor:
@@ -131,10 +145,20 @@ def _run_eager(call: _Call) -> Tensor:
     return eager_channel_rms_norm_act(x, weight, scale=scale, shift=shift, activation=activation)
 
 
-def _run_cpu(call: _Call) -> Tensor:
+def _arguments(call: _Call) -> tuple[Any, ...]:
+    """A call as the operators take it."""
     x, weight, scale, shift, activation = call
     scale, shift = _norms.per_sample(scale, x), _norms.per_sample(shift, x)
-    return run_operator(_forward, dense(x), weight, scale, shift, _norms.ACTIVATION_CODES[activation])[0]
+    return dense(x), weight, scale, shift, _norms.ACTIVATION_CODES[activation]
+
+
+def _run_cpu(call: _Call) -> Tensor:
+    return run_operator(torch.ops.imagen_fast.channel_rms_norm_act_cpu.default, *_arguments(call))[0]
+
+
+def _run_triton(call: _Call) -> Tensor:
+    _define_triton()
+    return run_operator(torch.ops.imagen_fast.channel_rms_norm_act_triton.default, *_arguments(call))[0]
 
 
 _OP = Op(
@@ -143,6 +167,7 @@ _OP = Op(
     (
         Backend("eager", _run_eager),
         Backend("cpu", _run_cpu, (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
+        Backend("triton", _run_triton, (dtypes("x", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     lambda call: _norms.notes(call.x),
 )

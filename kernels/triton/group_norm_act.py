@@ -21,6 +21,7 @@ from torch import Tensor
 from .._triton import Configurations, ceil_div, device_of, power_of_two_at_least, wrap_triton
 from . import _group_norm_act_backward as _backward
 from . import _group_norm_act_forward as _forward
+from ._norm_parameters import modulation_arguments, parameter_gradients
 
 CONFIGURATIONS = Configurations("group_norm_act")
 
@@ -104,19 +105,6 @@ def _split(kind: str, x: Tensor, slabs: _Slabs, channels_together: int) -> _Spli
     return _Split(ceil_div(slabs.positions, split_size), split_size, block_c, block_l, row["num_warps"])
 
 
-def _modulation(x: Tensor, **parameters: Tensor | None) -> dict[str, Any]:
-    """The arguments that stand for weight (C,), bias (C,), scale (B, C) and shift (B, C), of any strides, or None."""
-    arguments: dict[str, Any] = {}
-    for name, p in parameters.items():
-        arguments[f"HAS_{name.upper()}"] = p is not None
-        arguments[f"p_{name}"] = x if p is None else p  # a pointer that is not followed
-        if name in ("weight", "bias"):
-            arguments[f"stride_{name}"] = 0 if p is None else p.stride(0)
-        else:
-            arguments[f"stride_{name}_b"], arguments[f"stride_{name}_c"] = (0, 0) if p is None else p.stride()
-    return arguments
-
-
 def forward(
     x: Tensor,
     num_groups: int,
@@ -138,7 +126,7 @@ def forward(
     slabs = _slabs(x, num_groups)
     common = dict(
         slabs._asdict(),
-        **_modulation(x, weight=weight, bias=bias, scale=scale, shift=shift),
+        **modulation_arguments(x, weight=weight, bias=bias, scale=scale, shift=shift),
         p_x=x,
         p_y=y,
         p_mean=mean,
@@ -199,7 +187,7 @@ def backward(
         slabs = _slabs(x, num_groups)
         inputs = dict(
             slabs._asdict(),
-            **_modulation(x, weight=weight, bias=bias, scale=scale, shift=shift),
+            **modulation_arguments(x, weight=weight, bias=bias, scale=scale, shift=shift),
             p_dy=dy,
             p_x=x,
             p_mean=mean,
@@ -220,7 +208,8 @@ def backward(
             )
         else:
             _split_backward(slabs, inputs, dx if needs & 1 else None, sum_dt, sum_dt_xhat)
-    return dx, *_parameter_gradients(x, sum_dt, sum_dt_xhat, weight, bias, scale, shift, needs)
+    row = CONFIGURATIONS["parameters", device_of(x)]
+    return dx, *parameter_gradients(row, sum_dt, sum_dt_xhat, weight, bias, scale, shift, needs >> 1)
 
 
 def _split_backward(
@@ -261,40 +250,3 @@ def _split_backward(
         wrap_triton(_backward.group_norm_act_backward_apply_kernel)[grid](
             **inputs, p_group_dt=group_dt, p_group_dt_xhat=group_dt_xhat, p_dx=dx, **split._asdict()
         )
-
-
-def _parameter_gradients(
-    x: Tensor,
-    sum_dt: Tensor,
-    sum_dt_xhat: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of weight, bias, scale and shift; those not asked for (bits 1 to 4 of `needs`) are empty."""
-    batch, channels = sum_dt.shape
-    parameters = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    wanted = {name: bool(needs >> i & 1) for i, name in enumerate(parameters, start=1)}
-    gradients = {
-        name: p.new_empty(p.shape) if p is not None and wanted[name] else x.new_empty(0, dtype=torch.float32)
-        for name, p in parameters.items()
-    }
-    if not any(wanted.values()):
-        return tuple(gradients.values())  # type: ignore[return-value]
-    row = CONFIGURATIONS["parameters", device_of(x)]
-    modulation = _modulation(sum_dt, weight=weight, bias=bias, scale=scale)
-    wrap_triton(_backward.group_norm_act_parameters_kernel)[(ceil_div(channels, row["channels"]),)](
-        p_sum_dt=sum_dt,
-        p_sum_dt_xhat=sum_dt_xhat,
-        **modulation,
-        **{f"p_d{name}": gradient for name, gradient in gradients.items()},
-        **{f"NEEDS_{name.upper()}": want for name, want in wanted.items()},
-        batch=batch,
-        channels=channels,
-        BLOCK_B=min(power_of_two_at_least(batch), row["samples"]),
-        BLOCK_C=row["channels"],
-        num_warps=row["num_warps"],
-    )
-    return tuple(gradients.values())  # type: ignore[return-value]

@@ -59,11 +59,11 @@ def names_of_launches(x: Tensor, groups: int, needs: int = 0b11111) -> list[str]
 
 def test_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     split_forward, split_backward = ["statistics", "apply"], ["backward_sums", "backward_join", "backward_apply"]
-    assert names_of_launches(image((2, 64, 8, 8)), 8) == ["slab", "backward_slab", "parameters"]
-    assert names_of_launches(image((1, 64, 128, 128)), 2) == [*split_forward, *split_backward, "parameters"]
+    assert names_of_launches(image((2, 64, 8, 8)), 8) == ["slab", "backward_slab", "norm_parameters"]
+    assert names_of_launches(image((1, 64, 128, 128)), 2) == [*split_forward, *split_backward, "norm_parameters"]
     assert names_of_launches(image((1, 64, 128, 128)), 2, needs=1) == [*split_forward, *split_backward]
-    assert names_of_launches(image((1, 64, 128, 128)), 2, needs=2)[2:] == [*split_backward[:2], "parameters"]
-    assert names_of_launches(image((0, 64, 8, 8)), 8) == ["parameters"]
+    assert names_of_launches(image((1, 64, 128, 128)), 2, needs=2)[2:] == [*split_backward[:2], "norm_parameters"]
+    assert names_of_launches(image((0, 64, 8, 8)), 8) == ["norm_parameters"]
 
 
 @pytest.mark.parametrize("nhwc", [False, True])
