@@ -41,6 +41,9 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     if backend in EMULATED:
         if torch.float64 in request.node.callspec.params.values():
             pytest.skip("kernels for the GPU take no float64")
+        slow = request.node.get_closest_marker("not_interpreted")
+        if slow and backend == "triton":
+            pytest.skip(slow.args[0])
         with imagen_fast.use_backend(backend):
             yield request.param
         return
@@ -80,6 +83,10 @@ def poisoned_memory() -> Iterator[None]:
         if native:
             _native.poison_outputs(False)
         torch.use_deterministic_algorithms(before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "not_interpreted(reason): too slow for Triton's interpreter")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _triton
 from ..backends import Backend, Op, dtypes, no_gradient, run_operator
 from ..layout import dense, is_dense
 from ..reference.abs_quantile import abs_quantile as eager_abs_quantile
@@ -66,6 +67,19 @@ def _run_cpu(call: _Call) -> Tensor:
     return result
 
 
+@_triton.once
+def _define_triton() -> None:
+    _triton.define("abs_quantile_triton", _triton.kernels("abs_quantile").forward, fake=_fake)
+
+
+def _run_triton(call: _Call) -> Tensor:
+    _define_triton()
+    x, q = call
+    operator = torch.ops.imagen_fast.abs_quantile_triton.default
+    result: Tensor = run_operator(operator, x if _samples_are_dense(x) else dense(x), q)
+    return result
+
+
 def _notes(call: _Call) -> list[str]:
     return [] if _samples_are_dense(call.x) else ["x will be copied: its samples are not dense"]
 
@@ -80,6 +94,7 @@ _OP = Op(
             _run_cpu,
             (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64), no_gradient("x")),
         ),
+        Backend("triton", _run_triton, (dtypes("x", torch.float16, torch.bfloat16, torch.float32), no_gradient("x"))),
     ),
     _notes,
 )

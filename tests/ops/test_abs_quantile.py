@@ -17,6 +17,7 @@ from imagen_fast import layout, ops
 
 PERCENTILES = (0.0, 0.5, 0.95, 0.995, 1.0)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+IN_SMALL_TILES = pytest.mark.not_interpreted("tests/triton/interpreted/test_abs_quantile.py does this in small tiles")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [100, 5000, 12_288, 70_001])
+@pytest.mark.parametrize("n", [100, 5000, 12_288, pytest.param(70_001, marks=IN_SMALL_TILES)])
 def test_values(kernel: str, kind: str, n: int) -> None:
     x = KINDS[kind](torch.randn(2, n))
     for q in PERCENTILES:
@@ -78,7 +79,9 @@ def test_eager_is_exact_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("n", [1, 2, 3, 24, 25, 31, 4096, 4097, 32_768, 32_769, 100_003])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 24, 25, 31, 4096, 4097, *(pytest.param(n, marks=IN_SMALL_TILES) for n in (32_768, 32_769, 100_003))]
+)
 def test_sizes_and_dtypes(kernel: str, dtype: torch.dtype, n: int) -> None:
     x = torch.randn(3, n).to(dtype)
     for q in (*PERCENTILES, 1 / 3, 0.9999):
@@ -140,6 +143,7 @@ def test_other_layouts_are_copied_and_explain_says_so(backend: str) -> None:
     assert imagen_fast.explain("abs_quantile", x, 0.5).notes == ("x will be copied: its samples are not dense",)
 
 
+@IN_SMALL_TILES
 def test_does_not_depend_on_batch_and_threads(kernel: str) -> None:
     x = torch.randn(5, 150_001)
     threads = torch.get_num_threads()
