@@ -7,20 +7,23 @@ of each host library consist of is told by `imagen_fast.integrations`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ._report import Accuracy, Copied, Left, Report, Swapped, count_modules, short
 from ._verify import measure
 from .errors import UserError
 from .integrations import (
     Form,
     FusedMethod,
     Integration,
+    Options,
+    convert,
+    converted_bytes,
     forget,
     give_back,
     has_form,
@@ -28,174 +31,77 @@ from .integrations import (
     own_methods,
     supported,
     take_form,
+    unconvert,
 )
 
-__all__ = ["AccelerationError", "Accuracy", "Left", "Report", "Swapped", "accelerate", "invalidate", "restore"]
+__all__ = [
+    "AccelerationError",
+    "Accuracy",
+    "Copied",
+    "Left",
+    "Report",
+    "Swapped",
+    "accelerate",
+    "invalidate",
+    "restore",
+]
 
 
 class AccelerationError(UserError, RuntimeError):
     """`strict` found a module that cannot be swapped, or `verify` one that is less accurate than the original."""
 
 
-# ---- Report
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What `verify` measured: largest errors against float64, relative to the largest value of the result.
-
-    Attributes:
-        ours: of the fused module.
-        eager: of the original in the same dtype.
-        allowed: what `imagen_fast.testing.assert_as_accurate` allows, given eager's.
-    """
-
-    ours: float
-    eager: float
-    allowed: float
-
-
-@dataclass(frozen=True)
-class Swapped:
-    """A module that has its fused form.
-
-    Attributes:
-        name: as in `named_modules`.
-        class_name: the class that it had, with its module.
-        fused_name: the class that it has, with its module.
-        ops: the ops that this class calls.
-        notes: where it calls a child instead, and why. This is so as long as the reason lasts, and no longer.
-        accuracy: what `verify` measured; None if it was not asked for, or did not reach the module.
-    """
-
-    name: str
-    class_name: str
-    fused_name: str
-    ops: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    accuracy: Accuracy | None = None
-
-
-@dataclass(frozen=True)
-class Left:
-    """A module that could have been expected to be swapped, or a whole part of a system, and why it was left."""
-
-    name: str
-    class_name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `accelerate` did; `print` shows it as tables.
-
-    Attributes:
-        class_name: of the object, with its module.
-        swapped: every module that has its fused form now, from earlier calls too.
-        left: every module that was left as it is.
-    """
-
-    class_name: str
-    swapped: tuple[Swapped, ...]
-    left: tuple[Left, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries, lists, strings and numbers, for JSON."""
-        return _as_plain(asdict(self))
-
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
-        title = (
-            f"{_short(self.class_name)}: {_count(len(self.swapped))} on fused ops, {len(self.left)} left as they were"
-        )
-        tables = [title if self.swapped else f"{title}: there is nothing to swap"]
-        if self.swapped:
-            tables.append(tabulate(self._swapped_rows(), headers="keys", disable_numparse=True))
-        if self.left:
-            rows = [
-                {"left": name, "class": _short(class_name), "why": reason, "times": times}
-                for (name, class_name, reason), times in _counted(
-                    (_pattern(left.name), left.class_name, left.reason) for left in self.left
-                )
-            ]
-            tables.append(tabulate(rows, headers="keys", disable_numparse=True))
-        return "\n\n".join(tables)
-
-    def _swapped_rows(self) -> list[dict[str, Any]]:
-        """One row for all modules whose names differ in numbers alone."""
-        rows: list[dict[str, Any]] = []
-        for key, times in _counted(map(_row_key, self.swapped)):
-            name, class_name, fused_name, ops, notes = key
-            row = {"swapped": name, "class": _short(class_name), "runs as": _short(fused_name), "ops": ", ".join(ops)}
-            row["times"] = times
-            measured = [s.accuracy for s in self.swapped if s.accuracy is not None and _row_key(s) == key]
-            if measured:
-                worst = max(measured, key=lambda accuracy: accuracy.ours)
-                row["largest error"] = f"{worst.ours:.1e}, eager {worst.eager:.1e}"
-            if notes:
-                row["note"] = "; ".join(notes)
-            rows.append(row)
-        return rows
-
-
-def _row_key(swapped: Swapped) -> tuple[Any, ...]:
-    return _pattern(swapped.name), swapped.class_name, swapped.fused_name, swapped.ops, swapped.notes
-
-
-def _pattern(name: str) -> str:
-    """The name with a star for every number in it."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def _counted(items: Iterator[Any]) -> list[tuple[Any, int]]:
-    counts: dict[Any, int] = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return list(counts.items())
-
-
-def _count(modules: int) -> str:
-    return f"{modules} module{'' if modules == 1 else 's'}"
-
-
-def _short(class_name: str) -> str:
-    return class_name.rpartition(".")[2]
-
-
-def _as_plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_plain(item) for key, item in value.items()}
-    return [_as_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 # ---- accelerate and restore
 
 
-def accelerate(obj: Any, *, verify: Any = None, strict: bool = False) -> Report:
+def accelerate(
+    obj: Any,
+    *,
+    inference: bool = True,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    cache_text: bool = True,
+    pack_limit: int | None = None,
+    verify: Any = None,
+    strict: bool = False,
+    graphs: str = "auto",
+) -> Report:
     """Run `obj` on fused ops, in place, without changing what it computes; `restore` undoes it.
 
     Blocks change class to a fused subclass, one instance at a time. Parameters, `state_dict`, hooks, gradients,
     `torch.compile`, `deepcopy` and pickling work as before, and copies are accelerated too. A block works from the
     parameters of a child only while that child is plain: one with hooks, a parametrization, another class or weights
     of a tensor subclass, whenever it gets them, is called as the original calls it. Calling this again swaps what has
-    been added, and reports all.
+    been added, takes the options of this call, and reports all.
+
+    What is kept beside the model (packed and converted weights, what was computed from a text) is used without
+    gradients alone, and made anew when a weight or the text has changed. Writes that PyTorch does not count (through
+    `.data` or a numpy alias, by fused optimizers) are seen if they change nearly all numbers of a weight, as merging
+    an adapter does; for others there is `invalidate`.
 
     Args:
         obj: a model or system that an integration serves, such as `imagen_fast.models.Imagen` or its U-Nets.
+        inference: pack the weights of linear layers and convolutions for oneDNN on the CPU, and keep what
+            `cache_text` says. The packed copies are counted in the report. False keeps nothing.
+        dtype: compute in this dtype, from converted copies of the weights, in calls of a model without gradients:
+            inputs are cast, and outputs cast back. None leaves each model in its own dtype.
+        memory_format: `torch.channels_last` brings the pictures that enter a model into that format.
+        cache_text: compute what depends on the text alone once for each text, where an integration can.
+        pack_limit: the most bytes that packed weights may take; layers beyond it are left as they are.
         verify: None does not. True calls the object with small random inputs and compares every swapped module that
             these reach with its original, in evaluation mode, and both with float64. Other inputs to use are given as
             a tuple of positional or a dict of keyword arguments for one call of a model, or as prompts for a cascade.
             The float64 copy is of one module at a time.
         strict: raise, and change nothing, where a module cannot be swapped or cannot use its ops everywhere, or where
             there is nothing to swap.
+        graphs: "auto" or "off". CUDA graphs concern CUDA devices alone; the report says what was done.
 
     Returns:
-        What was swapped, what was not and why, and what `verify` measured.
+        What was swapped, what was not and why, what is kept beside the model, and what `verify` measured.
 
     Raises:
-        TypeError: no integration serves `obj`, or `verify` is not what it takes.
-        ValueError: `verify` is asked for, and `obj` has weights on the meta device.
+        TypeError: no integration serves `obj`, or an option is not what it takes.
+        ValueError: `verify` is asked for, and `obj` has weights on the meta device; or an option has no such value.
         AccelerationError: as `strict` says; or a module is less accurate than `imagen_fast.testing` allows, in which
             case all of `obj` has been restored.
 
@@ -206,33 +112,66 @@ def accelerate(obj: Any, *, verify: Any = None, strict: bool = False) -> Report:
         >>> imagen_fast.restore(model)
     """
     integration = _integration(obj)
-    candidates, left = _survey(obj, integration)
+    _check_options(dtype, memory_format, pack_limit, graphs)
+    survey = _survey(obj, integration, Options(inference, inference and cache_text), dtype, pack_limit)
     verified = verify is not None and verify is not False
     if strict:
-        _check_strict(obj, candidates, left)
+        _check_strict(obj, survey)
     if verified and any(parameter.is_meta for module in _modules(obj) for parameter in module.parameters(False)):
         raise ValueError("verify needs the weights of obj, and some are on the meta device")
+    for module in survey.withdrawn:
+        give_back(module)
     swapped, changed = [], []
-    for name, module, fused, notes in candidates:
+    for name, module, fused, notes in survey.candidates:
         if not has_form(module, fused):
+            give_back(module)
             take_form(module, fused)
             changed.append(module)
         swapped.append(Swapped(name, _path(fused.original), _path(fused), fused.ops, tuple(notes)))
-    for part in integration.parts(obj).values():
+    left, copies = survey.left, list(survey.packed)
+    for name, part in integration.parts(obj).items():
         part_integration = integration_of(part)
-        if part_integration is not None:
-            part_integration.attach(part)
-    if verified and candidates:
+        if part_integration is None:
+            continue
+        part_integration.attach(part)
+        if isinstance(part, nn.Module):
+            why_not = convert(part, dtype, memory_format)
+            left += [] if why_not is None else [Left(name, _path(type(part)), why_not)]
+            copies += [] if why_not else _converted(name, part, dtype)
+    if verified and survey.candidates:
         try:
-            swapped = _with_accuracy(obj, integration, candidates, swapped, None if verify is True else verify)
+            swapped = _with_accuracy(obj, integration, survey.candidates, swapped, None if verify is True else verify)
         except BaseException:
             for module in changed:
                 give_back(module)
-            if len(changed) == len(candidates):  # none had its fused form before
+            if len(changed) == len(survey.candidates):  # none had its fused form before
                 _detach(obj)
             raise
+    left += survey.over_limit
     left += _parts_without_swaps(obj, integration, [*swapped, *left])
-    return Report(_path(type(obj)), tuple(swapped), tuple(left))
+    return Report(_path(type(obj)), tuple(swapped), tuple(left), tuple(copies), _GRAPHS[graphs])
+
+
+# Whole-step graphs are not there yet, on any device.
+_GRAPHS = {"auto": "none; they concern CUDA devices, and are not made yet", "off": "off"}
+
+
+def _check_options(dtype: Any, memory_format: Any, pack_limit: Any, graphs: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+    if memory_format not in (None, torch.channels_last):
+        raise ValueError(f"memory_format must be torch.channels_last or None, got {memory_format!r}")
+    if pack_limit is not None and (not isinstance(pack_limit, int) or isinstance(pack_limit, bool) or pack_limit < 0):
+        raise TypeError(f"pack_limit must be a number of bytes or None, got {pack_limit!r}")
+    if graphs not in _GRAPHS:
+        raise ValueError(f"graphs must be one of {', '.join(map(repr, _GRAPHS))}, got {graphs!r}")
+
+
+def _converted(prefix: str, model: nn.Module, dtype: torch.dtype | None) -> list[Copied]:
+    return [
+        Copied(f"{prefix}.{name}" if prefix else name, "converted", size)
+        for name, size in converted_bytes(model, dtype).items()
+    ]
 
 
 def restore(obj: Any) -> None:
@@ -254,8 +193,10 @@ def restore(obj: Any) -> None:
 def invalidate(obj: Any) -> None:
     """Drop what is kept of `obj`, to be computed anew: for changes that PyTorch does not let be seen.
 
-    Kept is the table of coefficients of an accelerated diffusers scheduler. It follows `set_timesteps` and writes in
-    place; writes through `.data` or a numpy alias, and any to tensors made in inference mode, need this.
+    Kept are packed and converted weights, what was computed from a text, and the table of coefficients of an
+    accelerated diffusers scheduler. They follow new tensors, `load_state_dict`, `set_timesteps` and all writes in place
+    that PyTorch counts. Writes through `.data` or a numpy alias, by fused optimizers, and any to a scheduler's tensors
+    made in inference mode, need this.
 
     Args:
         obj: what `accelerate` takes, or any module that holds it; nothing happens to what is not accelerated.
@@ -274,6 +215,7 @@ def invalidate(obj: Any) -> None:
 def _detach(obj: Any) -> None:
     """Undo what integrations have switched besides classes, in `obj` and in all that it holds."""
     for module in _modules(obj):
+        unconvert(module)
         integration = integration_of(module)
         if integration is not None:
             integration.detach(module)
@@ -311,10 +253,30 @@ def _integration(obj: Any) -> Integration:
     return integration
 
 
-def _survey(obj: Any, integration: Integration) -> tuple[list[_Candidate], list[Left]]:
-    """The modules that have a fused form, and those that miss it narrowly. Changes nothing."""
-    candidates: list[_Candidate] = []
-    left: list[Left] = []
+class _Survey(NamedTuple):
+    """What can be done to an object.
+
+    Attributes:
+        candidates: modules that have a fused form.
+        withdrawn: modules that have one that the options of this call do not allow.
+        left: modules that miss theirs narrowly.
+        over_limit: layers that are not packed because of the limit.
+        packed: the weights of those that are.
+    """
+
+    candidates: list[_Candidate]
+    withdrawn: list[nn.Module]
+    left: list[Left]
+    over_limit: list[Left]
+    packed: list[Copied]
+
+
+def _survey(
+    obj: Any, integration: Integration, options: Options, dtype: torch.dtype | None, pack_limit: int | None
+) -> _Survey:
+    """What can be done to an object. Changes nothing."""
+    survey = _Survey([], [], [], [], [])
+    room = float("inf") if pack_limit is None else pack_limit
     seen: set[nn.Module] = set()
     for part_name, part in integration.parts(obj).items():
         part_integration = integration_of(part)
@@ -323,15 +285,35 @@ def _survey(obj: Any, integration: Integration) -> tuple[list[_Candidate], list[
         is_module = isinstance(part, nn.Module)
         pieces = part.named_modules(memo=seen, prefix=part_name) if is_module else ((part_name, part),)
         for name, module in pieces:
-            form = part_integration.form_of(module)
+            form = part_integration.form_of(module, options)
+            if form is not None and form.packs:
+                size = _packed_bytes(module, dtype)
+                if size is None or (not has_form(module, form) and _why_left(module, form) is not None):
+                    continue
+                if size > room:
+                    survey.over_limit.append(Left(name, _path(form.original), "pack_limit is reached"))
+                    form = None
+                else:
+                    room -= size
+                    survey.packed.append(Copied(name, "packed", size))
             if form is None:
+                if part_integration.has_fused(module):
+                    survey.withdrawn.append(module)
                 continue
-            reason = None if has_form(module, form) else _why_left(module, form)
+            reason = None if part_integration.has_fused(module) else _why_left(module, form)
             if reason is None:
-                candidates.append(_Candidate(name, module, form, form.obstacles(module)))
+                survey.candidates.append(_Candidate(name, module, form, form.obstacles(module)))
             else:
-                left.append(Left(name, _path(type(module)), reason))
-    return candidates, left
+                survey.left.append(Left(name, _path(type(module)), reason))
+    return survey
+
+
+def _packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
+    """What the packed weight of a layer takes; None where it is not to be packed."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.device.type not in ("cpu", "meta"):
+        return None
+    return weight.numel() * (weight.dtype if dtype is None else dtype).itemsize
 
 
 def _why_left(module: Any, form: Form) -> str | None:
@@ -360,10 +342,10 @@ def _parts_without_swaps(obj: Any, integration: Integration, listed: list[Swappe
     return left
 
 
-def _check_strict(obj: Any, candidates: list[_Candidate], left: list[Left]) -> None:
-    problems = [f"{entry.name} ({_short(entry.class_name)}): {entry.reason}" for entry in left]
-    problems += [f"{name}: {note}" for name, _, _, notes in candidates for note in notes]
-    if not candidates and not left:
+def _check_strict(obj: Any, survey: _Survey) -> None:
+    problems = [f"{entry.name} ({short(entry.class_name)}): {entry.reason}" for entry in survey.left]
+    problems += [f"{name}: {note}" for name, _, _, notes in survey.candidates for note in notes]
+    if not survey.left and all(candidate.fused.packs for candidate in survey.candidates):
         problems = ["none of its modules has a fused form"]
     if problems:
         listed = "\n  ".join(problems)
@@ -387,8 +369,8 @@ def _with_accuracy(
         restore(obj)
         listed = "\n  ".join(f"{name}: {failure}" for name, failure in failures.items())
         raise AccelerationError(
-            f"{len(failures)} of {_count(len(candidates))} of {type(obj).__name__} are less accurate on the fused ops; "
-            f"all are restored:\n  {listed}"
+            f"{len(failures)} of {count_modules(len(candidates))} of {type(obj).__name__} are less accurate on the "
+            f"fused ops; all are restored:\n  {listed}"
         )
     return [
         replace(entry, accuracy=Accuracy(*accuracies[entry.name]))

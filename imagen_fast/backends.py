@@ -149,6 +149,11 @@ class use_backend(ContextDecorator):
 Requirement = Callable[[Any], str | None]
 
 
+def forced() -> str:
+    """The backend that is forced here and now, or "auto"."""
+    return _state.selection.backend
+
+
 @traced_as_constant
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

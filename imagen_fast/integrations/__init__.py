@@ -12,8 +12,9 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from ._converted import convert, converted_bytes, unconvert
 from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "Fused",
     "FusedMethod",
     "Integration",
+    "Options",
+    "convert",
+    "converted_bytes",
     "forget",
     "give_back",
     "has_form",
@@ -28,7 +32,19 @@ __all__ = [
     "own_methods",
     "supported",
     "take_form",
+    "unconvert",
 ]
+
+
+class Options(NamedTuple):
+    """What `accelerate` was asked for, as far as the choice of forms depends on it."""
+
+    inference: bool = True
+    cache_text: bool = True
+
+    def allow(self, form: Form) -> bool:
+        """Whether modules may take this form."""
+        return (self.inference or not form.packs) and (self.cache_text or not form.caches_text)
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ class Integration:
     Attributes:
         serves: the classes of whole objects, which keep their class. Their subclasses are served too.
         fused: the fused classes. A module takes a fused form if its class is exactly the form's original; so does a
-            part that is no module, if the form is a `FusedMethod`.
+            part that is no module, if the form is a `FusedMethod`. Of several for one original, the first that the
+            options allow.
         parts: the modules (and other parts that can be fused) that an object consists of, by name, each to be treated
             by the integration that serves it. A module that is one piece is its own part, named "".
         runs: for `verify`: calls of an object that reach the modules in it. It takes the object and what the user gave
@@ -54,17 +71,22 @@ class Integration:
     attach: Callable[[Any], None] = lambda part: None
     detach: Callable[[Any], None] = lambda part: None
 
-    def form_of(self, module: Any) -> Form | None:
+    def form_of(self, module: Any, options: Options) -> Form | None:
         """The fused form that a module has, or could have but for what is particular to it, or None."""
+        allowed = [form for form in self.fused if options.allow(form)]
         for matches in (
             lambda form: has_form(module, form),
             lambda form: type(module) is form.original,
-            lambda form: isinstance(module, form.original),
+            lambda form: isinstance(module, form.original) and not form.packs,
         ):
-            form = next(filter(matches, self.fused), None)
+            form = next(filter(matches, allowed), None)
             if form is not None:
                 return form
         return None
+
+    def has_fused(self, obj: Any) -> bool:
+        """Whether an object has one of the fused forms."""
+        return any(has_form(obj, form) for form in self.fused)
 
 
 _MODULE_OF_HOST = {

@@ -21,6 +21,7 @@ from .. import ops
 from ..ops.attention import WIDEST
 from ..reference.attention import attention as eager_attention
 from ..reference.group_norm_act import ACTIVATIONS
+from ._kept import drop
 
 # The last two are what a plain tensor is while it is traced.
 _PLAIN_TENSORS = frozenset((torch.Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor))
@@ -37,10 +38,15 @@ class Fused(nn.Module):
         ops: the names of the ops that it calls.
         reads: the children whose parameters it reads, and the class that they must be of exactly.
         parameters_read: of those children.
+        packs: whether this is a single layer on packed weights: a form of that very class alone, taken for inference,
+            and none that anybody would miss.
+        caches_text: whether it keeps what it computes from the text alone; taken for inference, if that is wanted.
     """
 
     original: ClassVar[type[nn.Module]]
     ops: ClassVar[tuple[str, ...]]
+    packs: ClassVar[bool] = False
+    caches_text: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
@@ -74,6 +80,8 @@ class FusedMethod:
     original: ClassVar[type]
     method: ClassVar[str]
     ops: ClassVar[tuple[str, ...]]
+    packs: ClassVar[bool] = False
+    caches_text: ClassVar[bool] = False
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -102,7 +110,7 @@ def has_form(obj: object, form: Form) -> bool:
     """Whether a module, or another object, is in a fused form."""
     if issubclass(form, FusedMethod):
         return isinstance(vars(obj).get(form.method), form)
-    return isinstance(obj, form)
+    return next((cls for cls in type(obj).__mro__ if "original" in vars(cls)), None) is form
 
 
 def take_form(module: Any, cls: type) -> None:
@@ -122,6 +130,7 @@ def take_form(module: Any, cls: type) -> None:
 def give_back(module: Any) -> None:
     """Give a fused module the class that it had, or an object its class's method; leave any other."""
     if isinstance(module, Fused):
+        drop(module)
         take_form(module, _original_class(module))
     elif not isinstance(module, nn.Module):
         for name in [name for name, value in vars(module).items() if isinstance(value, FusedMethod)]:
@@ -129,11 +138,12 @@ def give_back(module: Any) -> None:
 
 
 def forget(obj: Any) -> None:
-    """Have the fused methods of an object drop what they keep."""
-    if not isinstance(obj, nn.Module):
-        for value in vars(obj).values():
-            if isinstance(value, FusedMethod):
-                value.forget()
+    """Have an object drop what it keeps, or what is kept beside it."""
+    if isinstance(obj, nn.Module):
+        drop(obj)
+    for value in list(vars(obj).values()):
+        if isinstance(value, FusedMethod):
+            value.forget()
 
 
 def own_methods(module: nn.Module) -> dict[str, str]:

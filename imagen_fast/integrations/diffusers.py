@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import Integration
 from ._diffusers_blocks import FusedAttention, FusedGEGLU, FusedResnetBlock2D
 from ._diffusers_schedulers import FUSED_STEPS
+from ._packed import PackedConv2d, PackedLinear
 
 
 def _parts(obj: Any) -> Mapping[str, Any]:
@@ -65,7 +66,7 @@ def _synthetic_inputs(unet: Any) -> dict[str, Any]:
 
 INTEGRATION = Integration(
     serves=(DiffusionPipeline, ModelMixin, SchedulerMixin),
-    fused=(FusedResnetBlock2D, FusedAttention, FusedGEGLU, *FUSED_STEPS),
+    fused=(FusedResnetBlock2D, FusedAttention, FusedGEGLU, PackedLinear, PackedConv2d, *FUSED_STEPS),
     parts=_parts,
     runs=_runs,
 )

@@ -1,0 +1,176 @@
+"""A whole model in another dtype or memory format, whose weights and interface stay as they are.
+
+During a call without gradients every floating parameter and buffer is replaced by a converted copy, so that whatever is
+in the model (hooks, adapters, modules that no integration knows) computes as in a model that was converted by its
+owner. Tensors are cast where they enter the model and where they leave it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ._fused import FusedMethod, own_methods
+from ._kept import Seen, can_be_seen, values_kept
+
+
+class ConvertedForward(FusedMethod):
+    """The `forward` of a model that computes in another dtype, on an instance that keeps its class.
+
+    With gradients, while compiling, and with weights that cannot be copied (on meta, of a tensor subclass), the model
+    runs as it is. Calls from several threads wait for each other.
+    """
+
+    original = nn.Module
+    method = "forward"
+    ops = ()
+
+    def __init__(self, owner: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
+        super().__init__(owner)
+        self.dtype, self.memory_format = dtype, memory_format
+        self._lock = threading.RLock()
+        self.forget()
+
+    def forget(self) -> None:
+        self._copies: dict[int, tuple[Seen, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self.owner, "dtype": self.dtype, "memory_format": self.memory_format}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def __func__(self) -> Any:
+        """As of the bound method in whose place this is; signatures are read from it."""
+        return type(self.owner).forward
+
+    @property
+    def __wrapped__(self) -> Any:
+        return type(self.owner).forward.__get__(self.owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.owner).forward
+        if not values_kept():
+            return forward(self.owner, *args, **kwargs)
+        with self._lock, self._converted() as own:
+            if own is None:
+                return forward(self.owner, *args, **kwargs)
+            layouts: set[bool] = set()
+
+            def enter(value: Any) -> Any:
+                if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+                    return value  # times are no pictures or texts
+                dtype = self.dtype if value.dtype == own and self.dtype is not None else value.dtype
+                if value.dim() != 4 or self.memory_format is None:
+                    return value.to(dtype)
+                layouts.add(value.is_contiguous())
+                return value.to(dtype, memory_format=self.memory_format)
+
+            def leave(value: Any) -> Any:
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    return value
+                if value.dtype == self.dtype:
+                    value = value.to(own)
+                return value.contiguous() if value.dim() == 4 and layouts == {True} else value
+
+            args, kwargs = tree_map(enter, (args, kwargs))
+            return tree_map(leave, forward(self.owner, *args, **kwargs))
+
+    @contextmanager
+    def _converted(self) -> Iterator[torch.dtype | None]:
+        """Inside, the model has its converted weights; gives the dtype that it has outside, None if it keeps it."""
+        found = _floating(self.owner)
+        if found is None or not found:
+            yield None
+            return
+        copies = [(table, name, tensor, self._copy(tensor)) for table, name, tensor in found]
+        if len(self._copies) > len(copies):
+            alive = {id(tensor) for _, _, tensor in found}
+            self._copies = {key: kept for key, kept in self._copies.items() if key in alive}
+        try:
+            for table, name, _, copy in copies:
+                table[name] = copy
+            yield found[0][2].dtype
+        finally:
+            for table, name, tensor, copy in copies:
+                if table.get(name) is copy:
+                    table[name] = tensor
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None or tensor.dtype == self.dtype:
+            return tensor
+        found = self._copies.get(id(tensor))
+        if found is not None and found[0].still(tensor):
+            return found[1]
+        with torch.inference_mode(False):
+            copy = tensor.detach().to(self.dtype)
+            if self.memory_format is not None and copy.dim() == 4:
+                copy = copy.contiguous(memory_format=self.memory_format)
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=False)
+        self._copies[id(tensor)] = Seen(tensor), copy
+        return copy
+
+
+def _floating(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]] | None:
+    """Where a model's floating tensors stand; None if there is one that cannot be converted."""
+    found = []
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not can_be_seen(tensor):
+                    return None
+                found.append((table, name, tensor))
+    return found
+
+
+# ---- Putting it there
+
+
+def convert(model: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> str | None:
+    """Have a model compute in another dtype or memory format, from now on; both None ends that.
+
+    Returns:
+        Why it could not be done, or None.
+    """
+    key = next((key for key, value in vars(model).items() if isinstance(value, ConvertedForward)), None)
+    if dtype is None and memory_format is None:
+        if key is not None:
+            unconvert(model)
+        return None
+    if key is None:
+        held = [key for key, method in own_methods(model).items() if method == "forward"]
+        if not held and "forward" in vars(model):
+            return "its forward is replaced on the instance, so that it stays in its own dtype and memory format"
+        key = held[0] if held else "forward"
+    vars(model)[key] = ConvertedForward(model, dtype, memory_format)
+    return None
+
+
+def unconvert(model: nn.Module) -> None:
+    """Undo `convert`, also where a wrapper has taken the method's name and keeps the method under another one."""
+    for key, value in list(vars(model).items()):
+        if isinstance(value, ConvertedForward):
+            if key == value.method:
+                del vars(model)[key]
+            else:
+                vars(model)[key] = type(model).forward.__get__(model)
+
+
+def converted_bytes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:
+    """What converted copies of a model's weights take, by name of the weight."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {
+        name: tensor.numel() * dtype.itemsize
+        for name, tensor in tensors
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+    }

@@ -1,0 +1,266 @@
+"""Linear layers and convolutions on weights packed once for oneDNN, on the CPU and without gradients.
+
+PyTorch's own layers have oneDNN bring their weight into its blocked layout at every call. Here a packed copy is kept
+beside the layer (see `_kept`), and what follows a layer can be computed where its results are still in registers: an
+activation, the sum with a residual. A copy is used
+
+- on the CPU, in float32, and in 16 bits where oneDNN has instructions for it; convolutions in channels-last alone,
+- without gradients, autocast, tracing, and modes or transforms of PyTorch that would not see the layer,
+- while the layer is plain (`why_called`) and its weight is the one that was packed, unchanged (`_kept.Seen`).
+
+Otherwise the layer does what it always did. `PackedLinear` and `PackedConv2d` are the forms that layers take under
+`accelerate(inference=True)`; a fused block computes with a child by `linear`, `linears` and `conv2d`, which call
+the child where it has no such form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..reference.group_norm_act import ACTIVATIONS
+from ._fused import Fused, own_methods, why_called
+from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, values_kept
+
+_ONEDNN = torch.ops.mkldnn
+# Activations as oneDNN knows them: name, algorithm
+_ACTIVATIONS: dict[str | None, tuple[str, str]] = {
+    None: ("none", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
+
+
+class _Packed(NamedTuple):
+    seen: tuple[Seen, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+
+class PackedLinear(Fused, nn.Linear):
+    """`nn.Linear` on a packed weight."""
+
+    original = nn.Linear
+    ops = ()
+    packs = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        packed = _packed_linear(self, (self,), input) if _has_own_forward(self) else None
+        return super().forward(input) if packed is None else _run_linear(packed, input, None)
+
+
+class PackedConv2d(Fused, nn.Conv2d):
+    """`nn.Conv2d` on a packed weight."""
+
+    original = nn.Conv2d
+    ops = ()
+    packs = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        packed = _packed_conv2d(self, input) if _has_own_forward(self) else None
+        return super().forward(input) if packed is None else _run_conv2d(self, packed, input, None, None)
+
+
+# ---- For fused blocks
+
+
+def linear(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: Tensor | None = None) -> Tensor:
+    """`activation(layer(x))`, or `layer(x) + add`.
+
+    Args:
+        layer: a child that is an `nn.Linear` as long as nobody replaces it.
+        x: (..., features).
+        activation: as of `ops.group_norm_act`.
+        add: of the result's shape; not together with an activation.
+    """
+    packed = _packed_linear(layer, (layer,), x) if isinstance(layer, PackedLinear) and _is_plain(layer) else None
+    if packed is None:
+        y = ACTIVATIONS[activation](layer(x))
+        return y if add is None else y + add
+    if add is None:
+        return _run_linear(packed, x, activation)
+    if type(add) is Tensor and add.dtype == x.dtype and add.shape == (*x.shape[:-1], layer.out_features):
+        return _ONEDNN._linear_pointwise.binary(x, add, packed.weight, packed.bias, "add")
+    return _run_linear(packed, x, None) + add
+
+
+def linears(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """`layer(x)` of several layers that read the same x: one product, whose parts are views of one result.
+
+    Args:
+        owner: the module beside which the weights are kept, one packed matrix of all of them.
+        layers: children that are `nn.Linear` as long as nobody replaces them.
+        x: (..., features).
+
+    Returns:
+        One (..., width) for each layer. The last dimension is dense, the others may not be.
+    """
+    if all(isinstance(layer, PackedLinear) and _is_plain(layer) for layer in layers):
+        packed = _packed_linear(owner, layers, x)
+        if packed is not None:
+            y = _run_linear(packed, x, None)
+            return y.split([layer.out_features for layer in layers], dim=-1)  # type: ignore[misc]
+    return tuple(layer(x) for layer in layers)
+
+
+def conv2d(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: Tensor | None = None) -> Tensor:
+    """`activation(layer(x))`, or `layer(x) + add`.
+
+    Args:
+        layer: a child that is an `nn.Conv2d` as long as nobody replaces it.
+        x: (B, C, H, W).
+        activation: as of `ops.group_norm_act`.
+        add: of the result's shape; not together with an activation.
+    """
+    packed = _packed_conv2d(layer, x) if isinstance(layer, PackedConv2d) and _is_plain(layer) else None
+    if packed is None:
+        y = ACTIVATIONS[activation](layer(x))
+        return y if add is None else y + add
+    assert isinstance(layer, PackedConv2d)
+    if add is not None and type(add) is Tensor and add.dtype == x.dtype and add.shape == _conv2d_shape(layer, x):
+        return _run_conv2d(layer, packed, x, None, add)
+    y = _run_conv2d(layer, packed, x, activation, None)
+    return y if add is None else y + add
+
+
+# ---- Packing
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return why_called(layer, layer.original) is None  # type: ignore[arg-type]
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """False for a layer that is wrapped: its weights may come and go at every call (offloading)."""
+    return "forward" not in vars(layer) or "forward" in own_methods(layer)
+
+
+@cache
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return torch.backends.mkldnn.is_available()
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and _ONEDNN._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.is_available() and _ONEDNN._is_mkldnn_fp16_supported()
+    return False
+
+
+def _kept_here(owner: nn.Module, key: Any) -> bool:
+    """Whether what is kept may be used here and now; forgets it where an optimizer may follow, whose writes can be
+    hidden."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled():
+        drop(owner, key)
+    return values_kept()
+
+
+def _can_pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor) -> bool:
+    """Whether these can be packed, and x multiplied by them, here and now."""
+    tensors = (*weights, *(bias for bias in biases if bias is not None))
+    return (
+        type(x) is Tensor
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and _has_onednn(x.dtype)
+        and torch._C._get_mkldnn_enabled()
+        and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
+        and can_be_seen(*tensors)
+    )
+
+
+def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packed | None:
+    """The packed weights of layers, one below the other; None where they cannot be used."""
+    key = "packed" if len(layers) == 1 else tuple(map(id, layers))
+    if not _kept_here(owner, key):
+        return None
+    weights = [layer._parameters.get("weight") for layer in layers]
+    if any(weight is None for weight in weights):
+        return None
+    biases = [layer._parameters.get("bias") for layer in layers]
+    if x.dim() < 2 or x.shape[-1] != weights[0].shape[-1] or not _can_pack(weights, biases, x):
+        return None
+    found = kept(owner).get(key)
+    if found is not None and all_still(found.seen, (*weights, *biases)):
+        return found
+    with torch.inference_mode(False):
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
+        bias = _joined_bias(weights, biases)
+        packed = _Packed(look_at((*weights, *biases)), _ONEDNN._reorder_linear_weight(weight), bias)
+    kept(owner)[key] = packed
+    return packed
+
+
+def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    if len(biases) == 1:
+        return biases[0]
+    return torch.cat(
+        [w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+    )
+
+
+def _run_linear(packed: _Packed, x: Tensor, activation: str | None) -> Tensor:
+    name, algorithm = _ACTIVATIONS[activation]
+    return _ONEDNN._linear_pointwise(x, packed.weight, packed.bias, name, [], algorithm)
+
+
+def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
+    if not _kept_here(layer, "packed"):
+        return None
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    fits = (
+        weight is not None
+        and x.dim() == 4
+        and layer.padding_mode == "zeros"
+        and isinstance(layer.padding, tuple)
+        and x.shape[1] == weight.shape[1] * layer.groups
+        and min(_conv2d_shape(layer, x)) > 0
+        # With a packed weight oneDNN makes NHWC of NCHW; and PyTorch has another algorithm for small ones in float32.
+        and (_is_channels_last(x) or _is_channels_last(weight))
+    )
+    if not fits or not _can_pack((weight,), (bias,), x):
+        return None
+    found = kept(layer).get("packed")
+    if found is not None and all_still(found.seen, (weight, bias)):
+        return found
+    with torch.inference_mode(False):
+        reordered = _ONEDNN._reorder_convolution_weight(
+            weight.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, list(x.shape)
+        )
+    packed = kept(layer)["packed"] = _Packed(look_at((weight, bias)), reordered, bias)
+    return packed
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _conv2d_shape(layer: Any, x: Tensor) -> tuple[int, ...]:
+    sides = (
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            x.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride, strict=True
+        )
+    )
+    return (x.shape[0], layer.out_channels, *sides)
+
+
+def _run_conv2d(layer: nn.Conv2d, packed: _Packed, x: Tensor, activation: str | None, add: Tensor | None) -> Tensor:
+    if _is_channels_last(layer.weight):
+        x = x.contiguous(memory_format=torch.channels_last)  # as PyTorch's own convolution does
+    where = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    if add is not None:
+        return _ONEDNN._convolution_pointwise.binary(
+            x, add, packed.weight, packed.bias, *where, "add", 1.0, None, [], None
+        )
+    name, algorithm = _ACTIVATIONS[activation]
+    return _ONEDNN._convolution_pointwise(x, packed.weight, packed.bias, *where, name, [], algorithm)
