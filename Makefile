@@ -30,7 +30,7 @@ demo: setup
 	@mkdir -p out
 	@$(BIN)/imagen-fast demo --out out/demo.png $(ARGS)
 
-test: setup
+test: setup $(VENV)/.hosts
 	@$(BIN)/python -m pytest -q --durations=15 $(ARGS)
 
 lint: setup
@@ -81,6 +81,12 @@ $(VENV)/.torch: requirements-torch.txt $(VENV)/.created
 $(VENV)/.requirements: requirements.txt $(VENV)/.torch
 	@echo "Installing the other packages, as pinned in requirements.txt."
 	@$(PIP) install -q -c requirements-torch.txt -r requirements.txt
+	@touch $@
+
+# Host libraries that tests import in processes of their own: two versions of one, and neither with what it depends on
+# (torchvision among that, which must not come in).
+$(VENV)/.hosts: requirements-hosts.txt $(VENV)/.requirements
+	@while read -r host; do $(PIP) install -q --no-deps --target "$(VENV)/hosts/$$host" "$$host" || exit 1; done < $<
 	@touch $@
 
 # Without a C++ compiler this says so and everything runs on plain PyTorch. The stamp is then left out, so that the next

@@ -228,8 +228,11 @@ def _modules(obj: Any) -> list[nn.Module]:
 
 def _pieces(obj: Any) -> list[Any]:
     """All modules in a model or in the parts of a system, and the parts that are no modules."""
-    parts = [obj] if isinstance(obj, nn.Module) else _integration(obj).parts(obj).values()
-    return [piece for part in parts for piece in (part.modules() if isinstance(part, nn.Module) else (part,))]
+    whole = [obj] if isinstance(obj, nn.Module) else []
+    integration = integration_of(obj) if whole else _integration(obj)
+    parts = [*whole, *(integration.parts(obj).values() if integration else ())]
+    pieces = (piece for part in parts for piece in (part.modules() if isinstance(part, nn.Module) else (part,)))
+    return list({id(piece): piece for piece in pieces}.values())
 
 
 class _Candidate(NamedTuple):
@@ -318,7 +321,8 @@ def _packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
 
 def _why_left(module: Any, form: Form) -> str | None:
     if issubclass(form, FusedMethod):
-        if type(module) is not form.original:
+        own = getattr(type(module), form.method) is not getattr(form.original, form.method)
+        if type(module) is not form.original and (own or not form.subclasses):
             return f"it is a subclass of {form.original.__name__}, which may compute something else"
         if form.method in vars(module):
             return f"its {form.method} is replaced on the instance"

@@ -124,7 +124,8 @@ def test_the_version_is_written_once_and_the_same():
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with the Makefile and the files that its stamps depend on, and no `.venv`."""
-    for name in ("Makefile", "requirements.txt", "requirements-torch.txt", "pyproject.toml", "setup.py"):
+    requirements = [path.name for path in ROOT.glob("requirements*.txt")]
+    for name in ("Makefile", *requirements, "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -169,7 +170,7 @@ def fake_venv(checkout: Path, compiles: bool = True) -> Path:
     build = f'case "$*" in *build_ext*) mkdir -p imagen_fast/lib && touch {library};; esac' if compiles else ""
     for name in ("python", "imagen-fast"):
         program(programs / name, f'echo {name} "$@" >> "{log}"\n{build}')
-    for stamp in (".created", ".torch", ".requirements"):
+    for stamp in (".created", ".torch", ".requirements", ".hosts"):
         (checkout / ".venv" / stamp).touch()
     return log
 

@@ -68,13 +68,14 @@ class Fused(nn.Module):
 
 
 class FusedMethod:
-    """One method of an object that is no module, and whose class is written into saved files: it gets an attribute of
-    the method's name, an instance of this, and keeps its class. A copy of the object has a copy of this, bound to it.
+    """One method of a whole object, whose class is written into saved files: it gets an attribute of the method's
+    name, an instance of this, and keeps its class. A copy of the object has a copy of this, bound to it.
 
     Attributes:
         original: the class whose method it takes the place of.
         method: its name.
         ops: the names of the ops that it calls.
+        subclasses: whether it also serves subclasses that have the method unchanged.
     """
 
     original: ClassVar[type]
@@ -82,6 +83,7 @@ class FusedMethod:
     ops: ClassVar[tuple[str, ...]]
     packs: ClassVar[bool] = False
     caches_text: ClassVar[bool] = False
+    subclasses: ClassVar[bool] = False
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -128,13 +130,12 @@ def take_form(module: Any, cls: type) -> None:
 
 
 def give_back(module: Any) -> None:
-    """Give a fused module the class that it had, or an object its class's method; leave any other."""
+    """Give a fused module the class that it had, and an object its class's methods; leave any other."""
     if isinstance(module, Fused):
         drop(module)
         take_form(module, _original_class(module))
-    elif not isinstance(module, nn.Module):
-        for name in [name for name, value in vars(module).items() if isinstance(value, FusedMethod)]:
-            del vars(module)[name]
+    for name in [name for name, value in vars(module).items() if isinstance(value, FusedMethod)]:
+        del vars(module)[name]
 
 
 def forget(obj: Any) -> None:
