@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,18 @@ class Truth(NamedTuple):
     truth: dict[str, Tensor]
     eager: dict[str, Tensor]
 
+    def save(self, path: Path) -> None:
+        """For another process."""
+        torch.save(self._asdict(), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Truth:
+        """What `save` wrote."""
+        return cls(**torch.load(path, weights_only=True))
+
 
 class Accuracy(NamedTuple):
-    """The output or gradient of ours that came nearest to its limit; errors relative to the truth's largest value."""
+    """The output or gradient of ours that came nearest to its limit; errors as `error` and `model_error` have them."""
 
     worst: str
     error: float
@@ -65,23 +75,28 @@ def truth(case: Case, values: dict[str, Any]) -> Truth:
     return Truth(results(case, case.truth, exact, upstream=upstream), results(case, case.eager, values))
 
 
-def accuracy(ours: dict[str, Tensor], against: Truth) -> Accuracy:
-    """Hold every output and gradient to the rule.
+def accuracy(ours: dict[str, Tensor], against: Truth, whole_model: bool = False) -> Accuracy:
+    """Hold every output and gradient to the rule: of one op, or of a whole model.
 
     Raises:
         AssertionError: one of them is less accurate than eager PyTorch allows.
     """
+    rule, errors = testing.assert_as_accurate, testing.largest_error
+    if whole_model:
+        rule, errors = testing.assert_model_as_accurate, testing.model_error
     worst = Accuracy("", 0.0, 0.0)
     for name, value in ours.items():
         eager, exact = against.eager[name], against.truth[name]
-        testing.assert_as_accurate(value, eager, exact, name=name)
-        error, allowed = testing.largest_error(value, eager, exact)
+        rule(value, eager, exact, name=name)
+        error, allowed = errors(value, eager, exact)
         if not worst.worst or error * worst.allowed > worst.error * allowed:
             worst = Accuracy(name, error, allowed)
     return worst
 
 
-def error(value: Tensor, exact: Tensor) -> float:
-    """The largest error relative to the truth's largest magnitude."""
+def error(value: Tensor, exact: Tensor, whole_model: bool = False) -> float:
+    """The largest error relative to the truth's largest magnitude; of a model both in the 2-norm."""
+    if whole_model:
+        return testing.model_error(value.detach(), value.detach(), exact)[0]
     size = exact.abs().max().item() if exact.numel() else 0.0
     return (value.detach().double() - exact).abs().max().item() / size if size else 0.0

@@ -1,4 +1,7 @@
-"""One case, measured: every backend of ours checked, then timed in turns with every peer; gives the rows."""
+"""One case, measured: every backend of ours checked, then timed in turns with every peer; gives the rows.
+
+Whole models are measured by `turns`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ from ..backends import NAMES, BackendError, use_backend
 from . import check, isolated
 from .floor import Limits
 from .peers import PeerError, PeerResult, prepare
-from .registry import CASES_DIRECTORY, Case, dtype_name
-from .results import Failure, Row
-from .timing import Settings, Timing, contender, interleave
+from .registry import CASES_DIRECTORY, Case
+from .results import Failure, Row, row
+from .timing import Settings, contender, interleave
+from .turns import measure_apart
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -41,6 +45,8 @@ def measure(
     Returns:
         A row for each backend of ours and peer, and a failure for whatever could not be checked or timed.
     """
+    if case.apart is not None:
+        return measure_apart(case, peers, settings, limits, directory)
     if "torch._dynamo" in sys.modules:  # else earlier cases' compilations make this one's shapes dynamic
         torch._dynamo.reset()
     values = case.make_inputs(0, settings.device)
@@ -67,25 +73,26 @@ def measure(
             except PeerError as error:
                 failures.append(Failure(case.name, peer.name, str(error)))
                 continue
-            variants, _ = prepared[peer.name]
-            contenders += [contender(f"{peer.name} {v}", case, p.function, values) for v, p in variants.items()]
+            variants = prepared[peer.name].items()
+            contenders += [contender(f"{peer.name} {v}", case, p.function, values) for v, p in variants]
 
     timings = interleave(contenders, settings)
     found: dict[str, PeerResult] = {}
     for peer in chosen:
         if peer.isolated:
             try:
-                found[peer.name] = isolated.run(case, peer.name, settings, directory)
+                found[peer.name] = isolated.run(case, peer, settings, directory, truth)
             except PeerError as error:
                 failures.append(Failure(case.name, peer.name, str(error)))
         elif peer.name in prepared:
-            variants, seconds = prepared[peer.name]
-            best = min(variants, key=lambda v, name=peer.name: timings[f"{name} {v}"].median)  # type: ignore[misc]
-            found[peer.name] = PeerResult(best, timings[f"{peer.name} {best}"], variants[best].errors, seconds)
+            ready = prepared[peer.name]
+            best = min(ready, key=lambda v, name=peer.name: timings[f"{name} {v}"].median)  # type: ignore[misc]
+            seconds = sum(variant.seconds for variant in ready.values())
+            found[peer.name] = PeerResult(best, timings[f"{peer.name} {best}"], ready[best].errors, seconds)
 
     floor = limits.floor(case.bytes, case.flops, case.dtype, settings.cold)
     rows = [
-        _row(case, backend, timings[f"ours {backend}"], accuracy, peer.name, found[peer.name], floor, not peer.isolated)
+        row(case, backend, timings[f"ours {backend}"], accuracy, peer.name, found[peer.name], floor, not peer.isolated)
         for backend, accuracy in accuracies.items()
         for peer in chosen
         if peer.name in found
@@ -109,38 +116,3 @@ def usable_backends(case: Case, values: dict[str, Any]) -> tuple[dict[str, Conte
         else:
             able[name] = context
     return able, "; ".join(reasons)
-
-
-def _row(
-    case: Case,
-    backend: str,
-    ours: Timing,
-    accuracy: check.Accuracy,
-    peer: str,
-    theirs: PeerResult,
-    floor: float,
-    interleaved: bool,
-) -> Row:
-    return Row(
-        case=case.name,
-        title=case.title,
-        shape=case.shape,
-        dtype=dtype_name(case.dtype),
-        layout=case.layout,
-        direction=case.direction,
-        tags=tuple(sorted(case.tags)),
-        backend=backend,
-        peer=peer,
-        variant=theirs.variant,
-        ours=ours,
-        theirs=theirs.timing,
-        ratio=theirs.timing.median / ours.median,
-        floor=floor,
-        percent_of_floor=100 * floor / ours.median,
-        error=accuracy.error,
-        allowed_error=accuracy.allowed,
-        peer_error=theirs.errors[accuracy.worst],
-        worst=accuracy.worst,
-        preparation=theirs.preparation,
-        interleaved=interleaved,
-    )

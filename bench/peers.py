@@ -1,4 +1,4 @@
-"""Making peers ready, checking them, timing them alone; and the peers that many ops share."""
+"""Making peers ready and checking them; and the peers that many ops share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from . import check
 from .registry import Case, Function, Peer
-from .timing import Settings, Timing, contender, interleave
+from .timing import Timing
 
 
 class PeerError(RuntimeError):
@@ -22,10 +22,14 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A variant of a peer, ready to be timed: its function, and its error on every output and gradient."""
+    """A variant of a peer, ready to be timed: its function, its results, and its error on every output and gradient.
+
+    `seconds` went by until it had its first results.
+    """
 
     function: Function
     errors: dict[str, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -38,48 +42,42 @@ class PeerResult:
     preparation: float
 
 
-def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) -> tuple[dict[str, Prepared], float]:
-    """Build every variant of a peer and measure its errors; returns them, and the seconds to their first results.
+def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) -> dict[str, Prepared]:
+    """Build every variant of a peer and measure its errors.
 
     Raises:
         PeerError: a variant cannot be built or run, or computes something else.
     """
-    prepared, seconds = {}, 0.0
-    peer.load()
-    for label, build in peer.variants.items():
-        try:
-            start = time.perf_counter()
-            with peer.preparing():
-                function = build(case)
-                found = check.results(case, function, values)
-            seconds += time.perf_counter() - start
-        except Exception as error:  # compilers and foreign libraries raise what they like
-            raise PeerError(f"{peer.name} ({label}): {type(error).__name__}: {_first_line(error)}") from error
-        for name, exact in truth.truth.items():
-            if name not in found or found[name].shape != exact.shape:
-                raise PeerError(f"{peer.name} ({label}) does not compute the same thing: {name} is missing or differs")
-        errors = {name: check.error(found[name], exact) for name, exact in truth.truth.items()}
-        for name, error in errors.items():
-            if not error <= _wrong(found[name].dtype):  # NaN is wrong too
-                raise PeerError(
-                    f"{peer.name} ({label}) does not compute the same thing: {name} is off by {error:.2g}, relatively"
-                )
-        prepared[label] = Prepared(function, errors)
-    return prepared, seconds
+    return {label: prepare_variant(case, peer, label, values, truth) for label in peer.variants}
+
+
+def prepare_variant(case: Case, peer: Peer, label: str, values: dict[str, Any], truth: check.Truth) -> Prepared:
+    """The same for one variant."""
+    try:
+        peer.load()
+        start = time.perf_counter()
+        with peer.preparing():
+            function = peer.variants[label](case)
+            found = check.results(case, function, values)
+        seconds = time.perf_counter() - start
+    except Exception as error:  # compilers and foreign libraries raise what they like
+        raise PeerError(f"{peer.name} ({label}): {type(error).__name__}: {_first_line(error)}") from error
+    for name, exact in truth.truth.items():
+        if name not in found or found[name].shape != exact.shape:
+            raise PeerError(f"{peer.name} ({label}) does not compute the same thing: {name} is missing or differs")
+    whole_model = case.apart is not None
+    errors = {name: check.error(found[name], exact, whole_model) for name, exact in truth.truth.items()}
+    for name, error in errors.items():
+        if not error <= _wrong(found[name].dtype):  # NaN is wrong too
+            raise PeerError(
+                f"{peer.name} ({label}) does not compute the same thing: {name} is off by {error:.2g}, relatively"
+            )
+    return Prepared(function, errors, seconds)
 
 
 def _wrong(dtype: torch.dtype) -> float:
     """A relative error above round-off: half the digits are lost. Below it, a peer may differ from ours."""
     return float(torch.finfo(dtype).eps ** 0.5)
-
-
-def time_alone(case: Case, peer: Peer, settings: Settings) -> PeerResult:
-    """Prepare a peer and time its variants against each other alone, without ours."""
-    values = case.make_inputs(0, settings.device)
-    prepared, seconds = prepare(case, peer, values, check.truth(case, values))
-    timings = interleave([contender(label, case, p.function, values) for label, p in prepared.items()], settings)
-    best = min(timings, key=lambda label: timings[label].median)
-    return PeerResult(best, timings[best], prepared[best].errors, seconds)
 
 
 def compiled(function: Function, modes: tuple[str, ...] = ("default", "max-autotune")) -> Peer:
@@ -93,17 +91,18 @@ def compiled(function: Function, modes: tuple[str, ...] = ("default", "max-autot
         return lambda case: torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
     variants: Mapping[str, Callable[[Case], Function]] = {mode: variant(mode) for mode in modes}
-    return Peer("compile", variants, load=_load_compiler, preparing=_empty_caches)
+    return Peer("compile", variants, load=load_compiler, preparing=empty_caches)
 
 
-def _empty_caches() -> AbstractContextManager[Any]:
+def empty_caches() -> AbstractContextManager[Any]:
+    """A block in which nothing that was compiled before is found."""
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
 
 
 @functools.cache
-def _load_compiler() -> None:
+def load_compiler() -> None:
     """Import the compiler and let it build what it builds once per machine, before any case's clock runs."""
     torch.compile(lambda x: x.sin().sum())(torch.ones(4096))
 

@@ -3,6 +3,9 @@
 Each file `cases/<op>.py` has a function `cases()` that gives the cases of that op; adding a file adds an op, and no
 list is kept by hand. A case knows how to make its random inputs, how to call ours and every peer on them, the function
 whose float64 result is the truth, and the bytes and flops that no implementation can avoid.
+
+A whole model has cases as an op has, in `cases/model_<name>.py`. There every contender, ours included, is in a process
+of its own (`Case.apart`).
 """
 
 from __future__ import annotations
@@ -69,6 +72,10 @@ class Case:
         peers: what ours is timed against.
         bytes, flops: the least that any implementation moves and computes.
         differentiable: names of the inputs whose gradients are taken, where the direction has a backward.
+        renewed: names of the inputs that are drawn anew, outside the clock, for every call (a direction of "forward").
+        apart: of a whole model, ours as a contender in a process of its own. Every variant of every peer is in one,
+            too; they take turns, the time to the first result and the memory of each are recorded, and errors are
+            those of `testing.assert_model_as_accurate`.
         tags: "headline" (the cases a README shows), "overhead" (the cost of a call rules), "quick" (a smoke run).
     """
 
@@ -87,6 +94,8 @@ class Case:
     bytes: int
     flops: int
     differentiable: tuple[str, ...] = ()
+    renewed: tuple[str, ...] = ()
+    apart: Peer | None = None
     tags: frozenset[str] = field(default_factory=frozenset)
 
     def make_inputs(self, seed: int, device: str = "cpu") -> dict[str, Any]:
@@ -114,7 +123,7 @@ def random_normal(
 
 
 def ops(directory: Path = CASES_DIRECTORY) -> list[str]:
-    """Names of the ops that have cases."""
+    """Names of the ops that have cases, and "model_<name>" of whole models."""
     return sorted(path.stem for path in directory.glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -126,7 +135,7 @@ def load(op: str, directory: Path = CASES_DIRECTORY) -> list[Case]:
     """
     known = ops(directory)
     if op not in known:
-        raise UserError(f"no benchmark for op {op!r}; {_suggest(op, known)}")
+        raise UserError(f"no benchmark for {op!r}; {_suggest(op, known)}")
     cases = list(_import(op, directory).cases())
     names = [case.name for case in cases]
     if len(set(names)) != len(names):

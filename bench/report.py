@@ -21,7 +21,7 @@ from tabulate import tabulate
 from ..errors import UserError
 from ..files import atomic_file
 from ..provenance import Provenance
-from .results import Result, Row, load
+from .results import Cost, Result, Row, load
 
 # One colour per peer, told apart by people who do not see red and green as different (Okabe and Ito's palette).
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -31,6 +31,8 @@ _NOTABLE_WAIT = 0.1  # seconds
 
 def markdown(result: Result) -> str:
     """The rows as a Markdown table, with a line above it that says where they come from."""
+    if any(row.our_cost for row in result.rows):
+        return "\n\n".join([f"**{result.op}**, {_describe(result)}", _models(result.rows)])
     peers = _peers(result.rows)
     table = []
     for rows in _by_comparison(result.rows):
@@ -48,6 +50,27 @@ def markdown(result: Result) -> str:
     columns = ("left",) * 5 + ("right",) * (len(headers) - 5)
     body = tabulate(table, headers, tablefmt="github", colalign=columns, disable_numparse=True) if table else "no rows"
     return "\n\n".join([f"**{result.op}**, {_describe(result)}", body, *_notes(result)])
+
+
+def _models(rows: Sequence[Row]) -> str:
+    """Of whole models: a line for each contender, with what it costs besides time."""
+    table = []
+    for by_peer in _by_comparison(rows):
+        first = next(iter(by_peer.values()))
+        case = (first.title, first.dtype)
+        ours = [*case, "**imagen_fast**", _time(first.ours.median), "", *_costs(first.our_cost)]
+        table.append([*ours, f"{first.error:.1e}"])
+        for row in by_peer.values():
+            variant = f" ({row.variant})" if row.variant not in (row.peer, row.dtype) else ""
+            line = [*case, f"{row.peer}{variant}", _time(row.theirs.median), f"{row.ratio:.2f}×"]
+            table.append([*line, *_costs(row.their_cost), f"{row.peer_error:.1e}"])
+    headers = ["case", "dtype", "contender", "time", "ours is faster", "first result after", "peak memory", "error"]
+    return tabulate(table, headers, tablefmt="github", colalign=("left",) * 3 + ("right",) * 5, disable_numparse=True)
+
+
+def _costs(cost: Cost | None) -> list[str]:
+    """Time to the first result, and memory."""
+    return [f"{cost.first_result:.1f} s", f"{cost.memory / 1024:.2f} GiB"] if cost else ["", ""]
 
 
 def _notes(result: Result) -> list[str]:

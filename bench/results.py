@@ -18,10 +18,27 @@ from ..config import from_dict
 from ..errors import UserError
 from ..files import atomic_file
 from ..provenance import Provenance
+from .check import Accuracy
 from .floor import Limits
+from .peers import PeerResult
+from .registry import Case, dtype_name
 from .timing import Settings, Timing
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a contender in a process of its own.
+
+    Attributes:
+        first_result: seconds from a model in memory to its first result: accelerating, compiling, exporting included.
+        memory: the largest resident memory of the process afterwards, in MiB, libraries included; on a GPU what was
+            allocated there.
+    """
+
+    first_result: float
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,8 @@ class Row:
         error, allowed_error: of ours against float64, of the output or gradient `worst` that came nearest to its limit.
         peer_error: of the peer, on the same output or gradient.
         preparation: seconds that the peer took before its first result (compiling), all its variants together.
-        interleaved: timed in turns with ours; false for a peer in a process of its own.
+        interleaved: timed in turns with ours; false for a peer of an op in a process of its own.
+        our_cost, their_cost: of a whole model, what using the contender takes besides: of ours and of this variant.
     """
 
     case: str
@@ -62,6 +80,8 @@ class Row:
     worst: str
     preparation: float
     interleaved: bool
+    our_cost: Cost | None = None
+    their_cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,46 @@ class Failure:
     case: str
     contender: str
     message: str
+
+
+def row(
+    case: Case,
+    backend: str,
+    ours: Timing,
+    accuracy: Accuracy,
+    peer: str,
+    theirs: PeerResult,
+    floor: float,
+    interleaved: bool,
+    our_cost: Cost | None = None,
+    their_cost: Cost | None = None,
+) -> Row:
+    """The comparison of ours with one peer on a case."""
+    return Row(
+        case=case.name,
+        title=case.title,
+        shape=case.shape,
+        dtype=dtype_name(case.dtype),
+        layout=case.layout,
+        direction=case.direction,
+        tags=tuple(sorted(case.tags)),
+        backend=backend,
+        peer=peer,
+        variant=theirs.variant,
+        ours=ours,
+        theirs=theirs.timing,
+        ratio=theirs.timing.median / ours.median,
+        floor=floor,
+        percent_of_floor=100 * floor / ours.median,
+        error=accuracy.error,
+        allowed_error=accuracy.allowed,
+        peer_error=theirs.errors[accuracy.worst],
+        worst=accuracy.worst,
+        preparation=theirs.preparation,
+        interleaved=interleaved,
+        our_cost=our_cost,
+        their_cost=their_cost,
+    )
 
 
 @dataclass

@@ -42,13 +42,13 @@ def test_speed(case: Case, peer: Peer | None, variant: str, benchmark: Any) -> N
         if not backends:
             pytest.skip(reasons)
         name, context = next(iter(backends.items()))
-        check.accuracy(check.results(case, case.ours, values, context), truth)
+        check.accuracy(check.results(case, case.ours, values, context), truth, whole_model=case.apart is not None)
         timed = contender(name, case, case.ours, values, context)
     else:
         if peer.isolated:
             pytest.skip(f"{peer.name} needs a process of its own")
         alone = dataclasses.replace(peer, variants={variant: peer.variants[variant]})
-        prepared, _ = peers.prepare(case, alone, values, truth)
+        prepared = peers.prepare(case, alone, values, truth)
         timed = contender(peer.name, case, prepared[variant].function, values)
 
     benchmark.group = f"{case.op}-{case.name}"

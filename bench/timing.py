@@ -13,6 +13,8 @@ How a number comes about:
 - The *backward* is the time of `torch.autograd.grad` alone, on a graph that a forward outside the clock has just built
   for this one call. No graph is retained: peers that would free or reuse saved tensors during the backward may do so.
   What a contender shifts into its forward shows in direction "forward_backward", which times both together.
+- Whole models are timed in processes of their own, which all live until the last one is done. They take turns, in an
+  order drawn anew, and in a turn one of them gets a few batches after one call outside the clock (`InTurns`).
 - Python's garbage collector is off while measuring. Direction "forward" runs under `torch.no_grad()`.
 - On a GPU a batch is timed by the device; `clocks` says how.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import random
 import time
@@ -105,7 +108,8 @@ def contender(
     whole = "overhead" in case.tags
     if case.direction == "forward":
         no_grad = partial(_no_grad, context)
-        return Contender(name, lambda given: function(**given), lambda: values, context=no_grad, whole=whole)
+        call, state = lambda given: function(**given), _renewing(case, values)
+        return Contender(name, call, state, context=no_grad, whole=whole)
 
     wanted = [values[key] for key in case.differentiable]
     with context():
@@ -120,6 +124,20 @@ def contender(
     if case.direction == "backward":
         return Contender(name, backward, forward, one_by_one=True, context=context, whole=whole)
     return Contender(name, lambda _: backward(forward()), lambda: None, context=context, whole=whole)
+
+
+def _renewing(case: Case, values: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Makes the inputs of a call: `values`, with what the case wants new at each call drawn from a seed of its own."""
+    if not case.renewed:
+        return lambda: values
+    seeds = itertools.count(1)
+    device = next(value.device.type for value in values.values() if isinstance(value, Tensor))
+
+    def renewed() -> dict[str, Any]:
+        drawn = case.make_inputs(next(seeds), device)
+        return values | {name: drawn[name] for name in case.renewed}
+
+    return renewed
 
 
 def interleave(contenders: Sequence[Contender], settings: Settings) -> dict[str, Timing]:
@@ -144,6 +162,34 @@ def interleave(contenders: Sequence[Contender], settings: Settings) -> dict[str,
     return {name: summarise(values, sizes[name]) for name, values in samples.items()}
 
 
+class InTurns:
+    """One contender, timed a few rounds at a time, so that those of other processes have theirs in between.
+
+    Args:
+        contender: what is timed; it is warmed up here.
+        settings: how long, in all.
+        turns: how many times it will be asked.
+    """
+
+    def __init__(self, contender: Contender, settings: Settings, turns: int) -> None:
+        self.contender = contender
+        self._clock = clock(settings.device)
+        self._sweep = self._clock.sweeper() if settings.cold else None
+        with _no_garbage_collection():
+            self._cost = _warm_up(contender, self._clock, settings)
+            self.calls_per_sample = _batch_size(contender, self._cost.call, self._clock, settings)
+        rounds = math.ceil(settings.seconds / (self._cost.whole * self.calls_per_sample))
+        self.rounds = math.ceil(min(max(rounds, settings.min_rounds), settings.max_rounds) / turns)
+
+    def turn(self) -> list[float]:
+        """Seconds per call of each batch of this turn."""
+        with _no_garbage_collection():
+            return [
+                _batch(self.contender, self.calls_per_sample, self._cost.queueing, self._clock, self._sweep, lead=not i)
+                for i in range(self.rounds)
+            ]
+
+
 def summarise(samples: Sequence[float], calls_per_sample: int = 1) -> Timing:
     """Median and quantiles of seconds per call."""
     q20, median, q80 = (
@@ -163,10 +209,13 @@ def output_gradients(output: Any, seed: int = 0) -> list[Tensor]:
     return [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in tensors(output)]
 
 
-def _batch(c: Contender, size: int, queueing: float, device: Clock, sweep: Callable[[], object] | None) -> float:
-    """Seconds per call of one batch; `queueing` is the host's time for one call."""
+def _batch(
+    c: Contender, size: int, queueing: float, device: Clock, sweep: Callable[[], object] | None, lead: bool = True
+) -> float:
+    """Seconds per call of one batch; `queueing` is the host's time for one call, `lead` a call before the clock."""
     with c.context():
-        c.call(c.state())
+        if lead:
+            c.call(c.state())
         states = [c.state() for _ in range(size)]
         if sweep is not None:
             sweep()

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .backends import use_backend
 
-__all__ = ["assert_as_accurate", "assert_model_as_accurate", "assert_op_as_accurate", "largest_error"]
+__all__ = ["assert_as_accurate", "assert_model_as_accurate", "assert_op_as_accurate", "largest_error", "model_error"]
 
 # How much worse than eager's an error may be: of one op's result, and of a whole model's output.
 _OP_FACTOR = 2.0
@@ -206,17 +206,26 @@ def assert_model_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name
 
     Example: see the top of `imagen_fast.testing`.
     """
-    _check_comparable(ours, eager, truth, name)
+    our_error, allowed = model_error(ours, eager, truth, name=name)
     ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
     _check_not_finite(ours64, eager64, truth, name)
-    size = _rms(truth.where(truth.isfinite(), 0.0)) or 1.0
-    our_error, eager_error = _rms(_error(ours64, truth)) / size, _rms(_error(eager64, truth)) / size
-    allowed = _MODEL_FACTOR * eager_error + (_FLOAT64 if ours.dtype == torch.float64 else 0.0)
     if our_error > allowed:
         raise AssertionError(
-            f"{name} is less accurate than the eager model's: relative error {our_error:.3g}, "
-            f"eager's {eager_error:.3g} in {ours.dtype}, allowed {allowed:.3g}"
+            f"{name} is less accurate than the eager model's: relative error {our_error:.3g} in {ours.dtype}, "
+            f"allowed {allowed:.3g}, {_MODEL_FACTOR} times eager's"
         )
+
+
+def model_error(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "output") -> tuple[float, float]:
+    """The relative error of `ours`, and the largest that `assert_model_as_accurate` allows it, for reports.
+
+    Arguments as for `assert_model_as_accurate`. Values that are not finite do not count here.
+    """
+    _check_comparable(ours, eager, truth, name)
+    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
+    size = _rms(truth.where(truth.isfinite(), 0.0)) or 1.0
+    our_error, eager_error = _rms(_error(ours64, truth)) / size, _rms(_error(eager64, truth)) / size
+    return our_error, _MODEL_FACTOR * eager_error + (_FLOAT64 if ours.dtype == torch.float64 else 0.0)
 
 
 def _check_comparable(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:

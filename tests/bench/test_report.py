@@ -11,7 +11,7 @@ from PIL import Image
 from imagen_fast import provenance
 from imagen_fast.bench import report, results
 from imagen_fast.bench.floor import CopyRate, Limits, MatmulRate
-from imagen_fast.bench.results import Failure, Result, Row
+from imagen_fast.bench.results import Cost, Failure, Result, Row
 from imagen_fast.bench.timing import Settings, Timing
 from imagen_fast.errors import UserError
 
@@ -121,6 +121,18 @@ def test_markdown(result: Result) -> None:
     assert cells[2][5] == "2.5 µs"
     assert note == "compile: 3.2 s of preparation for each case (median), which is not counted."
     assert cells[2][8:10] == ["", ""]  # not timed against compile
+
+
+def test_models_have_a_line_for_each_contender(result: Result) -> None:
+    costs = {"our_cost": Cost(0.25, 1024.0), "their_cost": Cost(31.0, 1536.0)}
+    rows = (row(**costs), row(peer="compile", ratio=1.5, theirs=Timing(2.25e-4, 2e-4, 3e-4, 9, 9), **costs))
+    text = report.markdown(dataclasses.replace(result, rows=rows))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[4:]]
+    assert [line[2:] for line in lines] == [
+        ["**imagen_fast**", "0.150 ms", "", "0.2 s", "1.00 GiB", "2.0e-03"],
+        ["eager (default)", "1.2 ms", "8.00×", "31.0 s", "1.50 GiB", "4.0e-03"],
+        ["compile (default)", "0.225 ms", "1.50×", "31.0 s", "1.50 GiB", "4.0e-03"],
+    ]
 
 
 def test_plot_is_a_picture(result: Result, tmp_path: Path) -> None:
