@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import Integration
 from ._imagen_pytorch_blocks import BLOCKS
 from ._imagen_pytorch_sampler import FusedGuidance, FusedSample, FusedThreshold
+from ._packed import PackedConv2d, PackedLinear
 
 
 def _parts(obj: nn.Module) -> Mapping[str, nn.Module]:
@@ -61,7 +62,7 @@ def _synthetic_inputs(unet: Unet) -> dict[str, Any]:
 
 INTEGRATION = Integration(
     serves=(Imagen, ElucidatedImagen, Unet),
-    fused=(*BLOCKS, FusedGuidance, FusedSample, FusedThreshold),
+    fused=(*BLOCKS, FusedGuidance, FusedSample, FusedThreshold, PackedLinear, PackedConv2d),
     parts=_parts,
     runs=_runs,
 )
