@@ -128,6 +128,20 @@ def conv2d(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: T
     return y if add is None else y + add
 
 
+def adds_at_once(x: Tensor, dropout: nn.Module) -> bool:
+    """Whether `linear` should take over the sum of the residual x and the dropout of a layer's result.
+
+    It should where nothing stands between the two, on the CPU without gradients: the product adds while its results are
+    in registers. Elsewhere the norm that follows can add in the pass that it makes over the sum anyway.
+    """
+    return (
+        x.device.type == "cpu"
+        and not dropout.training
+        and why_called(dropout, nn.Dropout, ()) is None
+        and values_kept()
+    )
+
+
 # ---- Packing
 
 

@@ -1,9 +1,13 @@
-"""The T5 encoder of this package: its norms, with the residual of the first half of a block, its attention with the
-position bias unmaterialised, and its gated feed-forward part on the ops."""
+"""The T5 encoder of this package on the ops.
+
+Attention takes the position bias unmaterialised, and projects queries, keys and values in one product. A residual is
+added by the norm that reads the sum, or, without gradients on the CPU, by the product before it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +20,12 @@ from ..models.t5.layers import (
     T5GatedFFN,
     T5RelativeBias,
     T5RMSNorm,
+    cast_for,
     clamp_fp16,
-    project_out,
 )
 from ..reference.attention import RelativePositionBias
 from ._fused import Fused, attention, is_head_width, is_plain, why_called
+from ._packed import adds_at_once, linear, linears
 
 _WEIGHT = ("weight",)
 _HALF = (torch.float16, torch.bfloat16)
@@ -75,14 +80,19 @@ class FusedT5Attention(Fused, T5Attention):
     ops = ("attention",)
 
     def forward(self, x: Tensor, bias: Tensor | RelativePositionBias, key_mask: Tensor | None = None) -> Tensor:
+        mixed = self.attended(x, bias, key_mask)
+        return super().forward(x, bias, key_mask) if mixed is None else linear(self.o, mixed)
+
+    def attended(self, x: Tensor, bias: Tensor | RelativePositionBias, key_mask: Tensor | None = None) -> Tensor | None:
+        """What `o` reads; None where the op cannot compute it."""
         dropout = self.training and self.dropout_rate > 0
         if dropout or not is_head_width(self.d_kv) or not is_plain(x, *_table(bias)):
-            return super().forward(x, bias, key_mask)
-        q, k, v = (self._split_heads(project(x)) for project in (self.q, self.k, self.v))
+            return None
+        q, k, v = map(self._split_heads, linears(self, (self.q, self.k, self.v), x))
         mixed = attention(q, k, v, bias=bias, key_mask=key_mask, scale=1.0)
         if key_mask is not None:
             mixed = _with_means(mixed, v, key_mask)
-        return self.o(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def _table(bias: Tensor | RelativePositionBias) -> tuple[Tensor]:
@@ -109,13 +119,17 @@ class FusedT5GatedFFN(Fused, T5GatedFFN):
         return [] if known else ["it runs as it is: its activation is no gelu"]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.wi_0(x), self.wi_1(x)
+        return linear(self.wo, self.gated(x))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What `wo` reads."""
+        gate, value = linears(self, (self.wi_0, self.wi_1), x)
         approximate = _APPROXIMATE.get(self.activation)
         if approximate is None or gate.dtype != value.dtype or not is_plain(gate, value):
             h = self.activation(gate) * value
         else:
             h = ops.gated_gelu(gate, value, approximate)
-        return project_out(self.dropout(h), self.wo)
+        return cast_for(self.wo, self.dropout(h))
 
 
 class FusedT5Block(Fused, T5Block):
@@ -137,9 +151,23 @@ class FusedT5Block(Fused, T5Block):
         if table is not None:
             plain = why_called(table, T5RelativeBias, _WEIGHT) is None and is_plain(x)
             bias = table.unmaterialized() if plain else table(x.shape[1])
-        attended = self.dropout(self.attention(_norm(self.attention_norm, x), bias, key_mask))
-        x, y = _add_and_norm(self.ffn_norm, x, attended)
+        y = _norm(self.attention_norm, x)
+        at_once = adds_at_once(x, self.dropout)
+        attention: Any = self.attention
+        mixed = attention.attended(y, bias, key_mask) if at_once and _is_fused(attention) else None
+        if mixed is not None:
+            x = clamp_fp16(linear(attention.o, mixed, add=x))
+            y = _norm(self.ffn_norm, x)
+        else:
+            x, y = _add_and_norm(self.ffn_norm, x, self.dropout(attention(y, bias, key_mask)))
+        if at_once and isinstance(self.ffn, FusedT5GatedFFN) and _is_fused(self.ffn):
+            return clamp_fp16(linear(self.ffn.wo, self.ffn.gated(y), add=x)), bias
         return clamp_fp16(x + self.dropout(self.ffn(y))), bias
+
+
+def _is_fused(part: nn.Module) -> bool:
+    """Whether a part has its fused form, and need not be called for what else there may be on it."""
+    return isinstance(part, FusedT5Attention | FusedT5GatedFFN) and why_called(part, part.original, ()) is None
 
 
 T5_FORMS = (FusedT5Block, FusedT5Attention, FusedT5GatedFFN, FusedT5RMSNorm)

@@ -7,6 +7,8 @@ to is kept in the name itself. A model on them
 - gets a mask of shape (B, 1, 1, K) where only padding is masked, instead of (B, 1, Q, K);
 - computes the bias of relative positions inside the kernel, from the table: a fused attention block hands on a
   `PositionBias` in the place of the (1, H, Q, K) tensor, and whatever else meets it makes that tensor of it.
+
+The attention blocks of an encoder on these names project queries, keys and values in one product (`_packed`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from transformers.masking_utils import bidirectional_mask_function
 from .. import ops
 from ..ops.attention import RelativePositionBias
 from ._fused import Fused, is_plain, why_called
+from ._packed import linears
 
 PREFIX = "imagen_fast_"
 _OVER = ("sdpa", "eager", "flex_attention")
@@ -91,7 +94,14 @@ class SelfAttention(Fused):
     parameters_read = ("weight",)
 
     # What the library's class has
+    q: Any
+    k: Any
+    v: Any
+    o: Any
     config: Any
+    dropout: float
+    n_heads: int
+    scaling: float
     has_relative_attention_bias: bool
     is_decoder: bool
     key_value_proj_dim: int
@@ -117,6 +127,35 @@ class SelfAttention(Fused):
         ):
             return PositionBias(self, query_length, key_length, device)
         return super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
+
+    def is_on_ours(self) -> bool:
+        """Whether it attends, in an encoder, by the functions of this file."""
+        return not self.is_decoder and self.config._attn_implementation.startswith(PREFIX)
+
+    def attended(self, x: Tensor, mask: Any, position_bias: Any, options: dict[str, Any]) -> tuple[Tensor, Any, Any]:
+        """Everything but the output's projection, for a block that `is_on_ours`.
+
+        Args:
+            x: (B, L, d_model).
+            mask, position_bias: as the library's class takes them.
+            options: what else it takes.
+
+        Returns:
+            (B, L, heads * width), the bias, and the weights where they are asked for.
+        """
+        heads = (*x.shape[:-1], self.n_heads, self.key_value_proj_dim)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in linears(self, (self.q, self.k, self.v), x))
+        if position_bias is None:
+            if self.has_relative_attention_bias:
+                position_bias = self.compute_bias(x.shape[1], x.shape[1], device=x.device)
+            else:
+                position_bias = torch.zeros((1, self.n_heads, x.shape[1], x.shape[1]), device=q.device, dtype=q.dtype)
+        over = self.config._attn_implementation.removeprefix(PREFIX)
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = attend(
+            over, self, q, k, v, mask, dropout, self.scaling, position_bias=position_bias, **options
+        )
+        return mixed.reshape(*x.shape[:-1], -1), position_bias, weights
 
 
 def attend(

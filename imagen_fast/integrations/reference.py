@@ -18,6 +18,7 @@ from ..models.t5 import T5Encoder
 from ..models.unet import UNet
 from . import Integration
 from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
+from ._packed import PackedLinear
 from ._reference_t5 import T5_FORMS
 
 # ---- Fused forms
@@ -153,7 +154,7 @@ def _synthetic_text(encoder: T5Encoder) -> dict[str, Tensor]:
 
 INTEGRATION = Integration(
     serves=(Imagen, UNet, EfficientUNet, T5Encoder),
-    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS),
+    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS, PackedLinear),
     parts=_parts,
     runs=_runs,
 )

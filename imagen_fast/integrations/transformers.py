@@ -1,15 +1,16 @@
 """transformers' T5 family: T5 (and ByT5, which is one), mT5 and umT5; encoders foremost.
 
-Norms, gated feed-forwards and attention blocks take fused forms. Attention is switched by the name of its
+Blocks of encoders, norms, gated feed-forwards and attention take fused forms. Attention is switched by the name of its
 implementation in each stack's configuration (see `_t5`), which transformers does not save. Decoders keep their own
 attention, with its caches.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from transformers.models.umt5 import modeling_umt5
 
 from .. import ops
 from . import Integration
-from ._fused import Fused, is_plain, why_called
+from ._fused import Fused, is_plain
+from ._packed import PackedLinear, linear
 from ._t5 import _OVER, PREFIX, SelfAttention, attend, make_mask
+from ._t5_blocks import EncoderBlock, GatedDense
 
 # Registering is how transformers is extended; nothing changes for a model that does not ask for these names.
 for _over in _OVER:
@@ -52,46 +55,6 @@ class _LayerNorm(Fused):
         return ops.rms_norm(hidden_states, weight, eps=self.variance_epsilon)
 
 
-_GELU: dict[type[nn.Module], str] = {NewGELUActivation: "tanh", GELUActivation: "none"}
-
-
-class _GatedDense(Fused):
-    """Mixin of the gated feed-forwards: activation and product in one op."""
-
-    ops = ("gated_gelu",)
-
-    act: Any  # these are of the library's class
-    wi_0: Any
-    wi_1: Any
-    wo: Any
-    dropout: Any
-
-    @classmethod
-    def obstacles(cls, module: nn.Module) -> list[str]:
-        reason = _why_activation_called(module.act)  # type: ignore[arg-type]
-        return [] if reason is None else [f"act ({type(module.act).__name__}) is called as it is: {reason}"]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if _why_activation_called(self.act) is not None:
-            return super().forward(hidden_states)
-        gate, value = self.wi_0(hidden_states), self.wi_1(hidden_states)
-        if is_plain(gate, value) and gate.dtype == value.dtype:
-            hidden = ops.gated_gelu(gate, value, approximate=_GELU[type(self.act)])
-        else:
-            hidden = self.act(gate) * value
-        hidden = self.dropout(hidden)
-        weight = getattr(self.wo, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype not in (hidden.dtype, torch.int8):  # wo may be kept in float32
-            hidden = hidden.to(weight.dtype)
-        return self.wo(hidden)
-
-
-def _why_activation_called(activation: nn.Module) -> str | None:
-    if type(activation) not in _GELU:
-        return "it is no GELU of a kind that the op has"
-    return why_called(activation, type(activation), ())
-
-
 class FusedT5LayerNorm(_LayerNorm, modeling_t5.T5LayerNorm):
     """`T5LayerNorm` on `ops.rms_norm`."""
 
@@ -108,6 +71,12 @@ class FusedUMT5LayerNorm(_LayerNorm, modeling_umt5.UMT5LayerNorm):
     """`UMT5LayerNorm` on `ops.rms_norm`."""
 
     original = modeling_umt5.UMT5LayerNorm
+
+
+class _GatedDense(GatedDense):
+    """With the library's names of the activations."""
+
+    approximate: ClassVar = {NewGELUActivation: "tanh", GELUActivation: "none"}
 
 
 class FusedT5DenseGatedActDense(_GatedDense, modeling_t5.T5DenseGatedActDense):
@@ -128,13 +97,31 @@ class FusedUMT5DenseGatedActDense(_GatedDense, modeling_umt5.UMT5DenseGatedActDe
     original = modeling_umt5.UMT5DenseGatedActDense
 
 
-class FusedT5Attention(SelfAttention, modeling_t5.T5Attention):
+class _Attention(SelfAttention):
+    """Mixin of T5's and mT5's attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Any = None,
+        key_value_states: Any = None,
+        position_bias: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if key_value_states is not None or past_key_values is not None or not self.is_on_ours():
+            return super().forward(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
+        mixed, position_bias, weights = self.attended(hidden_states, mask, position_bias, kwargs)
+        return linear(self.o, mixed), position_bias, weights
+
+
+class FusedT5Attention(_Attention, modeling_t5.T5Attention):
     """`T5Attention` whose bias need not be expanded."""
 
     original = modeling_t5.T5Attention
 
 
-class FusedMT5Attention(SelfAttention, modeling_mt5.MT5Attention):
+class FusedMT5Attention(_Attention, modeling_mt5.MT5Attention):
     """`MT5Attention` whose bias need not be expanded."""
 
     original = modeling_mt5.MT5Attention
@@ -144,6 +131,94 @@ class FusedUMT5Attention(SelfAttention, modeling_umt5.UMT5Attention):
     """`UMT5Attention`, with a table of its own in every layer, whose bias need not be expanded."""
 
     original = modeling_umt5.UMT5Attention
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if encoder_hidden_states is not None or past_key_values is not None or not self.is_on_ours():
+            return super().forward(hidden_states, encoder_hidden_states, past_key_values, attention_mask, **kwargs)
+        mixed, _, weights = self.attended(hidden_states, attention_mask, None, kwargs)
+        return linear(self.o, mixed), weights
+
+
+class _Block(EncoderBlock):
+    """Mixin of T5's and mT5's blocks."""
+
+    @staticmethod
+    def compared(result: tuple[Tensor, Any, Any]) -> Tensor:
+        return result[0]  # the bias is passed on in another form
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_bias: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        encoder_decoder_position_bias: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        parts = None if past_key_values is not None else self.parts()
+        if parts is None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                position_bias,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                encoder_decoder_position_bias,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return *self.run(parts, hidden_states, attention_mask, position_bias, kwargs), None
+
+
+class FusedT5Block(_Block, modeling_t5.T5Block):
+    """`T5Block` of an encoder, with sums where they are cheapest."""
+
+    original = modeling_t5.T5Block
+    layer_classes = (modeling_t5.T5LayerSelfAttention, modeling_t5.T5LayerFF)
+
+
+class FusedMT5Block(_Block, modeling_mt5.MT5Block):
+    """`MT5Block` of an encoder, with sums where they are cheapest."""
+
+    original = modeling_mt5.MT5Block
+    layer_classes = (modeling_mt5.MT5LayerSelfAttention, modeling_mt5.MT5LayerFF)
+
+
+class FusedUMT5Block(EncoderBlock, modeling_umt5.UMT5Block):
+    """`UMT5Block` of an encoder, with sums where they are cheapest."""
+
+    original = modeling_umt5.UMT5Block
+    layer_classes = (modeling_umt5.UMT5LayerSelfAttention, modeling_umt5.UMT5LayerFF)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        parts = None if past_key_values is not None else self.parts()
+        if parts is None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return self.run(parts, hidden_states, attention_mask, None, kwargs)[0]
 
 
 # ---- Whole objects
@@ -190,19 +265,32 @@ def _runs(obj: Any, inputs: Any) -> Iterator[Callable[[], object]]:
         )
 
 
+_FORMS: tuple[type[Fused], ...] = (
+    FusedT5Block,
+    FusedMT5Block,
+    FusedUMT5Block,
+    FusedT5LayerNorm,
+    FusedMT5LayerNorm,
+    FusedUMT5LayerNorm,
+    FusedT5DenseGatedActDense,
+    FusedMT5DenseGatedActDense,
+    FusedUMT5DenseGatedActDense,
+    FusedT5Attention,
+    FusedMT5Attention,
+    FusedUMT5Attention,
+    PackedLinear,
+)
+
+
+def _is_known(form: type[Fused]) -> bool:
+    """Whether the library's class is called as the form expects: other versions may take and return other things."""
+    ours, theirs = (inspect.signature(cls.forward).parameters for cls in (form, form.original))
+    return list(ours) == list(theirs)
+
+
 INTEGRATION = Integration(
     serves=(modeling_t5.T5PreTrainedModel, modeling_mt5.MT5PreTrainedModel, modeling_umt5.UMT5PreTrainedModel),
-    fused=(
-        FusedT5LayerNorm,
-        FusedMT5LayerNorm,
-        FusedUMT5LayerNorm,
-        FusedT5DenseGatedActDense,
-        FusedMT5DenseGatedActDense,
-        FusedUMT5DenseGatedActDense,
-        FusedT5Attention,
-        FusedMT5Attention,
-        FusedUMT5Attention,
-    ),
+    fused=tuple(form for form in _FORMS if _is_known(form)),
     parts=_parts,
     runs=_runs,
     attach=_attach,

@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
+from imagen_fast.integrations import _packed
 from imagen_fast.testing import assert_model_as_accurate
 
 transformers = pytest.importorskip("transformers")
@@ -83,6 +86,37 @@ def test_features_are_as_accurate(family: str, attention: str, dtype: torch.dtyp
     assert not report.left
     kept = batch()["attention_mask"].bool()
     assert_model_as_accurate(ours[kept], eager[kept], truth[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_last_projection_may_stay_in_float32(family: str, dtype: torch.dtype) -> None:
+    model = build(family).to(dtype)
+    for block in model.encoder.block:
+        block.layer[1].DenseReluDense.wo.float()
+    with torch.no_grad():
+        eager, truth = features(model), features(copy.deepcopy(model).double())
+        imagen_fast.accelerate(model)
+        ours = features(model)
+    kept = batch()["attention_mask"].bool()
+    assert_model_as_accurate(ours[kept], eager[kept], truth[kept])
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_float16_is_clamped_as_it_was(family: str, with_gradients: bool) -> None:
+    model = build(family, num_layers=2).half()
+    with torch.no_grad():
+        model.encoder.block[0].layer[1].DenseReluDense.wo.weight.mul_(3000)
+        model.encoder.block[0].layer[1].DenseReluDense.wi_1.weight.mul_(30)
+    with torch.set_grad_enabled(with_gradients):
+        eager = features(model)
+        streams: list[Tensor] = []
+        model.encoder.block[1].register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+        imagen_fast.accelerate(model)
+        ours = features(model)
+    assert (streams[0].abs() > 6e4).any(), "nothing overflows: the test is void"
+    assert streams[0].isfinite().all()
+    kept = batch()["attention_mask"].bool()
+    torch.testing.assert_close(ours[kept], eager[kept], rtol=0.05, atol=0.05)
 
 
 def test_gradients_are_as_accurate(family: str) -> None:
@@ -167,6 +201,108 @@ def test_hooks_on_children_work(hooked: tuple[nn.Module, nn.Module]) -> None:
         ours, expected = map(features, hooked)
     kept = batch()["attention_mask"].bool()
     assert_close(ours[kept], expected[kept])
+
+
+PARTS = (
+    "layer.0",
+    "layer.0.layer_norm",
+    "layer.0.SelfAttention",
+    "layer.0.SelfAttention.k",
+    "layer.0.SelfAttention.o",
+    "layer.0.dropout",
+    "layer.1",
+    "layer.1.layer_norm",
+    "layer.1.DenseReluDense",
+    "layer.1.DenseReluDense.wi_0",
+    "layer.1.DenseReluDense.dropout",
+    "layer.1.DenseReluDense.wo",
+    "layer.1.dropout",
+)
+
+
+class Doubling(nn.Module):
+    """An adapter around a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self) -> Any:
+        return self.layer.weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return doubled(self.layer(*args, **kwargs))
+
+
+def doubled(output: Any) -> Any:
+    return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+
+@pytest.mark.parametrize("way", ["hook", "adapter"])
+@pytest.mark.parametrize("part", PARTS)
+def test_whatever_is_on_a_part_of_a_block_is_felt(part: str, way: str) -> None:
+    def change(model: nn.Module) -> None:
+        block = model.encoder.block[1]
+        if way == "hook":
+            block.get_submodule(part).register_forward_hook(lambda module, args, output: doubled(output))
+        else:
+            parent, _, name = part.rpartition(".")
+            setattr(block.get_submodule(parent), name, Doubling(block.get_submodule(part)))
+
+    plain = build("t5")
+    before, after = copy.deepcopy(plain), copy.deepcopy(plain)
+    kept = batch()["attention_mask"].bool()
+    with torch.no_grad():
+        unchanged = features(plain)[kept]
+        imagen_fast.accelerate(after)
+        features(after)
+        for model in (plain, before, after):
+            change(model)
+        imagen_fast.accelerate(before)
+        expected = features(plain)[kept]
+        assert not torch.allclose(expected, unchanged, rtol=1e-2), "the change does nothing: the test is void"
+        for model in (before, after):
+            assert_close(features(model)[kept], expected)
+
+
+CHANGES = {
+    "in-place": lambda attention, dense: (attention.k.weight.mul_(-2.0), dense.wi_1.weight.mul_(-2.0)),
+    "new-parameter": lambda attention, dense: setattr(dense.wo, "weight", nn.Parameter(-dense.wo.weight.detach())),
+    "load": lambda attention, dense: attention.load_state_dict(
+        {k: v.flip(0) for k, v in attention.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_never_stale(family: str, change: str) -> None:
+    plain = build(family)
+    model = copy.deepcopy(plain)
+    kept = batch()["attention_mask"].bool()
+    with torch.no_grad():
+        imagen_fast.accelerate(model)
+        before = features(model)[kept]
+        for each in (plain, model):
+            layers = each.encoder.block[1].layer
+            CHANGES[change](layers[0].SelfAttention, layers[1].DenseReluDense)
+        ours = features(model)[kept]
+        assert not torch.allclose(ours, before, rtol=1e-2), "the change does nothing: the test is void"
+        assert_close(ours, features(plain)[kept])
+
+
+def test_products_are_joined_and_add_the_residual(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _packed._has_onednn(torch.float32):
+        pytest.skip("this PyTorch has no oneDNN")
+    model = build(family)
+    report = imagen_fast.accelerate(model)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        features(model)
+    products = [event.name for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
+    assert len(products) == 4 * SIZES["num_layers"], "q, k and v; o; wi_0 and wi_1; wo"
+    assert not [event for event in profile.events() if event.name in ("aten::linear", "aten::add")]
+    weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith(("q.weight", "k.weight", "v.weight")))
+    assert sum(copied.bytes for copied in report.copies) > 4 * weights
 
 
 def test_attention_weights_and_hidden_states_can_be_had(family: str) -> None:
@@ -255,6 +391,35 @@ def test_verify_measures_every_block(family: str) -> None:
     report = imagen_fast.accelerate(model, verify=True)
     assert all(swapped.accuracy is not None for swapped in report.swapped if not swapped.name.endswith("SelfAttention"))
     assert "transformers" in str(report.class_name)
+
+
+PEAK = """
+import torch, transformers, imagen_fast
+
+def peak():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
+
+sizes = {"d_model": 64, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 8, "vocab_size": 384}
+config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")
+model = transformers.T5EncoderModel(config).eval()
+imagen_fast.accelerate(model)
+with torch.no_grad():
+    for length in (64, 2048):
+        ids = torch.randint(3, 259, (2, length))
+        model(input_ids=ids, attention_mask=(ids > 9).long())
+        print(peak())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.skipif(
+    imagen_fast.explain("attention", *[torch.zeros(1, 1, 1, 8)] * 3).backend != "cpu", reason="needs the cpu backend"
+)
+def test_the_peak_of_memory_does_not_grow_with_the_square_of_the_length() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    short, long = map(int, done.stdout.split())
+    one_bias = 8 * 2048**2 * 4  # what transformers makes for all layers, and scores of that size for each sentence
+    assert long - short < one_bias / 4
 
 
 def test_it_compiles_to_one_graph() -> None:

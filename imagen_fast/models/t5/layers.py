@@ -154,9 +154,14 @@ class T5GatedFFN(nn.Module):
 
 
 def project_out(x: Tensor, wo: nn.Linear) -> Tensor:
+    return wo(cast_for(wo, x))
+
+
+def cast_for(wo: nn.Linear, x: Tensor) -> Tensor:
+    """The input of `wo` in its dtype, which may be wider than the rest of the model has."""
     if x.dtype != wo.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(wo.weight.dtype)
-    return wo(x)
+        return x.to(wo.weight.dtype)
+    return x
 
 
 class T5Block(nn.Module):
