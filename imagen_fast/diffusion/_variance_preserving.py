@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .coefficients import Row, empty_row, epsilon_coefficients, log, x0_coefficients
@@ -18,11 +19,21 @@ FEW_STEPS = 15  # below which diffusers' multistep solvers end in order 1
 
 
 class Levels(NamedTuple):
-    """The visited timesteps, ᾱ at each, and ᾱ where each step ends."""
+    """The visited timesteps, ᾱ at each, and ᾱ where each step ends.
+
+    Of a float32 schedule, as diffusers has them, quotients of ᾱ are rounded to float32, as diffusers does: 1 - quotient
+    is small, and where it is smallest the rounding shows in the fourth digit of a step.
+    """
 
     timesteps: Sequence[int]
     alphas: Sequence[float]
     alphas_next: Sequence[float]
+    single: bool = False
+
+    def step_alphas(self) -> list[float]:
+        """The quotient of ᾱ at each timestep and where its step ends: α of the step."""
+        quotients = (alpha / alpha_next for alpha, alpha_next in zip(self.alphas, self.alphas_next, strict=True))
+        return [float(np.float32(quotient)) if self.single else quotient for quotient in quotients]
 
     def rows(self, prediction: str) -> list[Row]:
         """A row for each, of which only x0 has coefficients."""
@@ -49,7 +60,8 @@ def visited(
     ends = [*timesteps[1:], -1]
     if strided and isinstance(steps, int | np.integer):
         ends = [t - len(values) // int(steps) for t in timesteps]
-    return Levels(timesteps, [values[t] for t in timesteps], [values[t] if t >= 0 else float(final) for t in ends])
+    alphas_next = [values[t] if t >= 0 else float(final) for t in ends]
+    return Levels(timesteps, [values[t] for t in timesteps], alphas_next, alphas_cumprod.dtype == torch.float32)
 
 
 def ddpm(levels: Levels, prediction: str, variance: str) -> list[Row]:
@@ -57,8 +69,7 @@ def ddpm(levels: Levels, prediction: str, variance: str) -> list[Row]:
     if variance not in ("fixed_small", "fixed_large", "learned_range"):
         raise ValueError(f"variance must be 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
     rows = levels.rows(prediction)
-    for row, timestep, alpha, alpha_next in zip(rows, *levels, strict=True):
-        step_alpha = alpha / alpha_next
+    for row, timestep, alpha, alpha_next, step_alpha in zip(rows, *levels[:3], levels.step_alphas(), strict=True):
         step_beta = 1 - step_alpha
         small = max((1 - alpha_next) / (1 - alpha) * step_beta, _SMALLEST_VARIANCE)
         large = max(step_beta, _SMALLEST_VARIANCE)
@@ -75,8 +86,8 @@ def ddim(levels: Levels, prediction: str, eta: float, clipped_epsilon: bool) -> 
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     rows = levels.rows(prediction)
-    for row, alpha, alpha_next in zip(rows, levels.alphas, levels.alphas_next, strict=True):
-        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
+    for row, alpha, alpha_next, step_alpha in zip(rows, *levels[1:3], levels.step_alphas(), strict=True):
+        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - step_alpha)) ** 0.5
         direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
         row["next_from_x0"], row["noise_scale"] = alpha_next**0.5, sigma
         if clipped_epsilon:  # of the thresholded x0, as if that were the output

@@ -135,7 +135,8 @@ class StepTable:
         """Ancestral sampling (DDPM, arXiv 2006.11239, equation 7); no noise at timestep 0.
 
         Args:
-            alphas_cumprod: (n,), from a schedule.
+            alphas_cumprod: (n,), from a schedule. Of a float32 one, such as a diffusers scheduler's, quotients are
+                rounded as diffusers rounds them.
             steps: how many of the n timesteps to visit; or the timesteps themselves, noisiest first; or the name of one
                 of DeepFloyd IF's lists, such as "fast27".
             prediction: what the model's output is: "epsilon", "v" or "x0".

@@ -198,7 +198,10 @@ class FusedDDIMStep(_FusedStep):
         ends = [timestep - stride for timestep in timesteps]
         final = float(owner.final_alpha_cumprod)
         levels = preserving.Levels(
-            timesteps, [values[t] for t in timesteps], [values[t] if t >= 0 else final for t in ends]
+            timesteps,
+            [values[t] for t in timesteps],
+            [values[t] if t >= 0 else final for t in ends],
+            owner.alphas_cumprod.dtype == torch.float32,
         )
         prediction = _PREDICTIONS[owner.config.prediction_type]
         return StepTable.of_rows(preserving.ddim(levels, prediction, eta, clipped))

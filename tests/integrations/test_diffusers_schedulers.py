@@ -296,6 +296,7 @@ def test_a_pipelines_scheduler_is_accelerated_with_it() -> None:
 def one_step(scheduler: Any) -> Tensor:
     sample, output = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     scheduler._step_index = None
+    scheduler.scale_model_input(sample, scheduler.timesteps[2])  # what Euler's insists on
     return scheduler.step(output, scheduler.timesteps[2], sample).prev_sample
 
 
