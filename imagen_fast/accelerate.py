@@ -288,7 +288,7 @@ def _survey(
         is_module = isinstance(part, nn.Module)
         pieces = part.named_modules(memo=seen, prefix=part_name) if is_module else ((part_name, part),)
         for name, module in pieces:
-            form = part_integration.form_of(module, options)
+            form = part_integration.form_of(name, module, options)
             if form is not None and form.packs:
                 size = _packed_bytes(module, dtype)
                 if size is None or (not has_form(module, form) and _why_left(module, form) is not None):

@@ -71,12 +71,14 @@ class Integration:
     attach: Callable[[Any], None] = lambda part: None
     detach: Callable[[Any], None] = lambda part: None
 
-    def form_of(self, module: Any, options: Options) -> Form | None:
+    def form_of(self, name: str, module: Any, options: Options) -> Form | None:
         """The fused form that a module has, or could have but for what is particular to it, or None."""
-        allowed = [form for form in self.fused if options.allow(form)]
+        last = name.rpartition(".")[2]
+        allowed = [form for form in self.fused if options.allow(form) and (not form.names or last in form.names)]
+        current = next((form for form in self.fused if has_form(module, form)), None)
+        original = type(module) if current is None else current.original
         for matches in (
-            lambda form: has_form(module, form),
-            lambda form: type(module) is form.original,
+            lambda form: form.original is original,
             lambda form: isinstance(module, form.original) and not form.packs,
         ):
             form = next(filter(matches, allowed), None)

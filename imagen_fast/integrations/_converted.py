@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ._fused import FusedMethod, own_methods
-from ._kept import Seen, can_be_seen, values_kept
+from ._kept import Seen, can_be_seen, outside_inference, values_kept
 
 
 class ConvertedForward(FusedMethod):
@@ -109,7 +109,7 @@ class ConvertedForward(FusedMethod):
         found = self._copies.get(id(tensor))
         if found is not None and found[0].still(tensor):
             return found[1]
-        with torch.inference_mode(False):
+        with outside_inference():
             copy = tensor.detach().to(self.dtype)
             if self.memory_format is not None and copy.dim() == 4:
                 copy = copy.contiguous(memory_format=self.memory_format)

@@ -13,11 +13,14 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
 )
+from diffusers.models.embeddings import TextTimeEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from .. import ops
 from ._fused import Fused, activation_name, group_norm_act, is_plain, why_called
+from ._packed import conv2d, linear, linears
+from ._text import of_text
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
@@ -58,10 +61,10 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             if self.time_embedding_norm == "default" and temb is not None:
                 hidden = hidden + temb[:, :, None, None]
             hidden = self._norm_act(self.norm2, hidden)
-        hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
-        return (input_tensor + hidden) / self.output_scale_factor
+        y = conv2d(self.conv2, self.dropout(hidden), add=input_tensor)
+        return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
     def _norm_act(self, norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         activation = activation_name(self.nonlinearity)
@@ -132,18 +135,16 @@ class FusedAttention(Fused, Attention):
         if mask is not None:
             mask = self.prepare_attention_mask(mask, length, batch, out_dim=4)
         if text is None:
-            text = pixels.transpose(1, 2)
-        elif self.norm_cross:
-            text = self._norm_text(text)
-        h = group_norm_act(self.group_norm, pixels, None).transpose(1, 2)
-        q = self._heads(self.to_q(h))
-        text_k, text_v = self._heads(self.add_k_proj(text)), self._heads(self.add_v_proj(text))
-        if self.only_cross_attention:
-            out = self._attend(q, text_k, text_v, mask)
+            text_k, text_v = self._project(pixels.transpose(1, 2), added=True)
         else:
-            k, v = self._heads(self.to_k(h)), self._heads(self.to_v(h))
+            text_k, text_v = self._of_text(text, added=True)
+        h = group_norm_act(self.group_norm, pixels, None).transpose(1, 2)
+        if self.only_cross_attention:
+            out = self._attend(self._heads(self.to_q(h)), text_k, text_v, mask)
+        else:
+            q, k, v = map(self._heads, linears(self, (self.to_q, self.to_k, self.to_v), h))
             out = self._attend(q, k, v, mask, text_k, text_v)
-        return self._out(out).transpose(-1, -2).reshape(x.shape) + x
+        return self._out(out, add=pixels.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
     def _plain(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
         h = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
@@ -153,17 +154,25 @@ class FusedAttention(Fused, Attention):
             mask = mask.view(batch, self.heads, -1, mask.shape[-1])
         if self.group_norm is not None:
             h = group_norm_act(self.group_norm, h.transpose(1, 2), None).transpose(1, 2)
-        q = self._heads(self.to_q(h))
         if text is None:
-            text = h
-        elif self.norm_cross:
-            text = self._norm_text(text)
-        out = self._out(self._attend(q, self._heads(self.to_k(text)), self._heads(self.to_v(text)), mask))
-        if x.dim() == 4:
-            out = out.transpose(-1, -2).reshape(x.shape)
+            q, k, v = map(self._heads, linears(self, (self.to_q, self.to_k, self.to_v), h))
+        else:
+            q, (k, v) = self._heads(self.to_q(h)), self._of_text(text, added=False)
+        residual = None
         if self.residual_connection:
-            out = out + x
-        return out / self.rescale_output_factor
+            residual = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        out = self._out(self._attend(q, k, v, mask), add=residual)
+        if x.dim() == 4:
+            out = out.transpose(1, 2).reshape(x.shape)
+        return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
+
+    def _of_text(self, text: Tensor, added: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of a text (B, L, width): (B, heads, L, head width) each."""
+        return self._project(self._norm_text(text) if self.norm_cross else text, added)
+
+    def _project(self, x: Tensor, added: bool) -> tuple[Tensor, Tensor]:
+        k, v = linears(self, (self.add_k_proj, self.add_v_proj) if added else (self.to_k, self.to_v), x)
+        return self._heads(k), self._heads(v)
 
     def _norm_text(self, text: Tensor) -> Tensor:
         if isinstance(self.norm_cross, nn.GroupNorm):  # over the tokens too, padding included
@@ -194,10 +203,44 @@ class FusedAttention(Fused, Attention):
             out = ops.attention(q, k, v, context_k=context_k, context_v=context_v, bias=mask)
         return out.transpose(1, 2).flatten(2)
 
-    def _out(self, x: Tensor) -> Tensor:
-        for layer in self.to_out:  # projection, dropout
+    def _out(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """The projection and what follows it, plus a residual (B, N, C)."""
+        project, *others = self.to_out  # dropout
+        if add is not None and not any(self._drops(layer) for layer in others):
+            return linear(project, x, add=add)
+        for layer in self.to_out:
             x = layer(x)
-        return x
+        return x if add is None else x + add
+
+    @staticmethod
+    def _drops(layer: Any) -> bool:
+        plain = why_called(layer, nn.Dropout, ()) is None
+        return not plain or (layer.training and layer.p > 0)
+
+
+class TextKeepingAttention(FusedAttention):
+    """The same, with keys and values of the text computed once for each text."""
+
+    original = Attention
+    caches_text = True
+
+    def _of_text(self, text: Tensor, added: bool) -> tuple[Tensor, Tensor]:
+        layers = (self.add_k_proj, self.add_v_proj) if added else (self.to_k, self.to_v)
+        compute = super()._of_text
+        return of_text(self, "text", (self.norm_cross, *layers), text, lambda: compute(text, added))
+
+
+class TextKeepingPooling(Fused, TextTimeEmbedding):
+    """What the embedding of time gets from the text, computed once for each text."""
+
+    original = TextTimeEmbedding
+    ops = ()
+    caches_text = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        compute = super().forward
+        children = tuple(self.children())
+        return of_text(self, "text", children, hidden_states, lambda: compute(hidden_states))
 
 
 def _why_processor_called(attention: Any) -> str | None:

@@ -41,12 +41,14 @@ class Fused(nn.Module):
         packs: whether this is a single layer on packed weights: a form of that very class alone, taken for inference,
             and none that anybody would miss.
         caches_text: whether it keeps what it computes from the text alone; taken for inference, if that is wanted.
+        names: the last parts of the names of the modules that may take this form; all if there are none.
     """
 
     original: ClassVar[type[nn.Module]]
     ops: ClassVar[tuple[str, ...]]
     packs: ClassVar[bool] = False
     caches_text: ClassVar[bool] = False
+    names: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
@@ -84,6 +86,7 @@ class FusedMethod:
     packs: ClassVar[bool] = False
     caches_text: ClassVar[bool] = False
     subclasses: ClassVar[bool] = False
+    names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner

@@ -7,7 +7,8 @@ nor saved. A copy makes its own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +87,13 @@ def all_still(seen: Sequence[Seen], tensors: Sequence[Tensor | None]) -> bool:
 def look_at(tensors: Sequence[Tensor | None]) -> tuple[Seen, ...]:
     """What `all_still` compares with."""
     return tuple(Seen(tensor) for tensor in tensors if tensor is not None)
+
+
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """For what is kept: tensors whose writes are counted, and without gradients."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def values_kept() -> bool:

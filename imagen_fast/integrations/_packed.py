@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import Fused, own_methods, why_called
-from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, values_kept
+from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
 
 _ONEDNN = torch.ops.mkldnn
 # Activations as oneDNN knows them: name, algorithm
@@ -69,7 +69,7 @@ class PackedConv2d(Fused, nn.Conv2d):
 # ---- For fused blocks
 
 
-def linear(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: Tensor | None = None) -> Tensor:
+def linear(layer: Any, x: Tensor, *, activation: str | None = None, add: Tensor | None = None) -> Tensor:
     """`activation(layer(x))`, or `layer(x) + add`.
 
     Args:
@@ -84,7 +84,7 @@ def linear(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: T
         return y if add is None else y + add
     if add is None:
         return _run_linear(packed, x, activation)
-    if type(add) is Tensor and add.dtype == x.dtype and add.shape == (*x.shape[:-1], layer.out_features):
+    if _can_add(add, x, (*x.shape[:-1], layer.out_features)) and add.is_contiguous():
         return _ONEDNN._linear_pointwise.binary(x, add, packed.weight, packed.bias, "add")
     return _run_linear(packed, x, None) + add
 
@@ -122,7 +122,7 @@ def conv2d(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: T
         y = ACTIVATIONS[activation](layer(x))
         return y if add is None else y + add
     assert isinstance(layer, PackedConv2d)
-    if add is not None and type(add) is Tensor and add.dtype == x.dtype and add.shape == _conv2d_shape(layer, x):
+    if add is not None and _can_add(add, x, _conv2d_shape(layer, x)):
         return _run_conv2d(layer, packed, x, None, add)
     y = _run_conv2d(layer, packed, x, activation, None)
     return y if add is None else y + add
@@ -204,12 +204,16 @@ def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packe
     found = kept(owner).get(key)
     if found is not None and all_still(found.seen, (*weights, *biases)):
         return found
-    with torch.inference_mode(False):
+    with outside_inference():
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         bias = _joined_bias(weights, biases)
         packed = _Packed(look_at((*weights, *biases)), _ONEDNN._reorder_linear_weight(weight), bias)
     kept(owner)[key] = packed
     return packed
+
+
+def _can_add(add: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    return type(add) is Tensor and add.dtype == x.dtype and add.device == x.device and add.shape == shape
 
 
 def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
@@ -246,7 +250,7 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
     found = kept(layer).get("packed")
     if found is not None and all_still(found.seen, (weight, bias)):
         return found
-    with torch.inference_mode(False):
+    with outside_inference():
         reordered = _ONEDNN._reorder_convolution_weight(
             weight.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, list(x.shape)
         )

@@ -11,9 +11,16 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DCondi
 from torch import Tensor, nn
 
 from . import Integration
-from ._diffusers_blocks import FusedAttention, FusedGEGLU, FusedResnetBlock2D
+from ._diffusers_blocks import (
+    FusedAttention,
+    FusedGEGLU,
+    FusedResnetBlock2D,
+    TextKeepingAttention,
+    TextKeepingPooling,
+)
 from ._diffusers_schedulers import FUSED_STEPS
 from ._packed import PackedConv2d, PackedLinear
+from ._text import TextLinear
 
 
 def _parts(obj: Any) -> Mapping[str, Any]:
@@ -66,7 +73,17 @@ def _synthetic_inputs(unet: Any) -> dict[str, Any]:
 
 INTEGRATION = Integration(
     serves=(DiffusionPipeline, ModelMixin, SchedulerMixin),
-    fused=(FusedResnetBlock2D, FusedAttention, FusedGEGLU, PackedLinear, PackedConv2d, *FUSED_STEPS),
+    fused=(
+        FusedResnetBlock2D,
+        TextKeepingAttention,
+        FusedAttention,
+        TextKeepingPooling,
+        FusedGEGLU,
+        TextLinear,
+        PackedLinear,
+        PackedConv2d,
+        *FUSED_STEPS,
+    ),
     parts=_parts,
     runs=_runs,
 )

@@ -1,0 +1,150 @@
+"""What depends on the text alone, computed once for each text: the projections, keys and values of a prompt.
+
+A diffusion model is called many times with one text. What a module makes of it is kept beside the module (see `_kept`)
+and given again as long as the text has the same numbers and everything that it went through is unchanged: every
+parameter and buffer, and the scales and the active and merged adapters of LoRA layers. Nothing is kept with
+gradients, while compiling, or where a module on the way has hooks, has dropout in training, or is of a class that
+is not known to compute from its parameters alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.utils._pytree import tree_leaves
+
+from ._fused import own_methods
+from ._kept import Seen, all_still, can_be_seen, kept, look_at, outside_inference, values_kept
+from ._packed import PackedLinear
+
+_TEXTS = 2  # kept at a time: guidance may call a model by turns with two
+_PURE = {nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential}
+
+
+class _Made(NamedTuple):
+    text: Seen | Tensor
+    state: Any
+    seen: tuple[Seen, ...]
+    result: Any
+    versions: list[int]
+
+
+def of_text(
+    owner: nn.Module, key: str, through: Iterable[nn.Module | None], text: Tensor, make: Callable[[], Any]
+) -> Any:
+    """`make()`, or what it gave for the same text before.
+
+    Args:
+        owner: the module beside which the result is kept.
+        key: tells this result from others of the same owner.
+        through: the modules that `make` calls or reads.
+        text: all that the result depends on, besides these modules.
+        make: gives a tensor or a structure of tensors, which nobody writes to.
+    """
+    if torch.compiler.is_compiling() or not values_kept() or type(text) is not Tensor or text.is_meta:
+        return make()
+    description = _describe(through)
+    if description is None or (text.device.type != "cpu" and not can_be_seen(text)):
+        return make()
+    state, tensors = description
+    entries: list[_Made] = kept(owner).setdefault(key, [])
+    for i, made in enumerate(entries):
+        if (
+            made.state == state
+            and _is_same(made.text, text)
+            and all_still(made.seen, tensors)
+            and [tensor._version for tensor in tree_leaves(made.result)] == made.versions
+        ):
+            entries.insert(0, entries.pop(i))
+            return made.result
+    with outside_inference():
+        # By value where that is cheap: text may be written to behind PyTorch's back, too. Elsewhere it would wait
+        # for the device.
+        copy = text.clone() if text.device.type == "cpu" else Seen(text)
+        result = make()
+        versions = [tensor._version for tensor in tree_leaves(result)]
+        entries.insert(0, _Made(copy, state, look_at(tensors), result, versions))
+    del entries[_TEXTS:]
+    return result
+
+
+def _is_same(kept_text: Seen | Tensor, text: Tensor) -> bool:
+    if isinstance(kept_text, Seen):
+        return kept_text.still(text)
+    return (
+        kept_text.shape == text.shape
+        and kept_text.dtype == text.dtype
+        and kept_text.device == text.device
+        and torch.equal(_bits(kept_text), _bits(text))
+    )
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(x: Tensor) -> Tensor:
+    """As integers of its size: compared faster than 16-bit floats, and NaN is equal to itself."""
+    return x.view(_INTEGERS[x.itemsize])
+
+
+def _describe(modules: Iterable[nn.Module | None]) -> tuple[Any, list[Tensor]] | None:
+    """All that the results of modules depend on, besides their inputs; None if that cannot be told."""
+    if _module._has_any_global_hook():
+        return None
+    states: list[Any] = []
+    tensors: list[Tensor] = []
+    for outer in modules:
+        for module in () if outer is None else outer.modules():
+            state = _state(module)
+            if state is None:
+                return None
+            states.append((id(module), state))
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not can_be_seen(tensor):
+                        return None
+                    tensors.append(tensor)
+    return states, tensors
+
+
+def _state(module: Any) -> tuple[Any, ...] | None:
+    """What a module computes with, besides its parameters; None if it is not known."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    if "forward" in vars(module) and "forward" not in own_methods(module):
+        return None
+    cls = type(module)
+    original = cls.__dict__.get("original", cls)
+    if original is nn.Dropout:
+        return None if module.training and module.p > 0 else ()
+    if original in _PURE or original.__module__ == "torch.nn.modules.container":
+        return (getattr(module, "eps", None),)
+    if cls.__module__.startswith("peft.tuners.lora."):
+        return _adapter_state(module)
+    return (original,) if original.__module__ == "diffusers.models.embeddings" else None
+
+
+def _adapter_state(layer: Any) -> tuple[Any, ...] | None:
+    """Of a LoRA layer: which adapters it adds, and how much of each."""
+    names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling", "use_dora", "fan_in_fan_out")
+    try:
+        return tuple(repr(getattr(layer, name)) for name in names)
+    except AttributeError:
+        return None
+
+
+class TextLinear(PackedLinear):
+    """The projection of the text at the entrance of a U-Net, by the name of its attribute."""
+
+    original = nn.Linear
+    names = ("encoder_hid_proj",)
+    caches_text = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        if "forward" in vars(self) and "forward" not in own_methods(self):
+            return super().forward(input)
+        return of_text(self, "text", (self,), input, lambda: super(TextLinear, self).forward(input))
