@@ -60,7 +60,7 @@ class Copied:
     Attributes:
         name: of a packed layer, as in `named_modules`; of a converted weight, as in `named_parameters`.
         kind: "packed" for oneDNN, or "converted" to another dtype.
-        bytes: what the copy takes.
+        bytes: the most that the copy takes.
     """
 
     name: str

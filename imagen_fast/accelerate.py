@@ -29,6 +29,7 @@ from .integrations import (
     has_form,
     integration_of,
     own_methods,
+    packed_bytes,
     supported,
     take_form,
     unconvert,
@@ -290,7 +291,7 @@ def _survey(
         for name, module in pieces:
             form = part_integration.form_of(name, module, options)
             if form is not None and form.packs:
-                size = _packed_bytes(module, dtype)
+                size = packed_bytes(module, dtype)
                 if size is None or (not has_form(module, form) and _why_left(module, form) is not None):
                     continue
                 if size > room:
@@ -309,14 +310,6 @@ def _survey(
             else:
                 survey.left.append(Left(name, _path(type(module)), reason))
     return survey
-
-
-def _packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
-    """What the packed weight of a layer takes; None where it is not to be packed."""
-    weight = layer._parameters.get("weight")
-    if weight is None or weight.device.type not in ("cpu", "meta"):
-        return None
-    return weight.numel() * (weight.dtype if dtype is None else dtype).itemsize
 
 
 def _why_left(module: Any, form: Form) -> str | None:

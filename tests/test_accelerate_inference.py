@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
-from imagen_fast.integrations import _converted, _fused, _packed
+from imagen_fast.integrations import _converted, _fused, _kept, _packed
+from imagen_fast.ops import _conv3x3
 from imagen_fast.testing import assert_model_as_accurate
 
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
@@ -46,9 +47,9 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     }
 
 
-def run(model: Any) -> Tensor:
+def run(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
-        return model(**inputs()).sample
+        return model(**inputs(dtype)).sample
 
 
 def packed_in(model: nn.Module) -> list[nn.Module]:
@@ -194,13 +195,21 @@ def test_verify_in_another_dtype() -> None:
 # ---- Packed weights, and the report
 
 
-def test_every_layer_is_packed_and_counted() -> None:
-    model = build(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_layer_is_packed_and_counted(dtype: torch.dtype) -> None:
+    model = build(dtype)
     report = imagen_fast.accelerate(model)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert packed_in(model) == layers
     assert {copied.kind for copied in report.copies} == {"packed"}
-    assert report.bytes_of("packed") == sum(2 * layer.weight.numel() for layer in layers)
+    least = sum(layer.weight.nbytes for layer in layers)
+    if dtype == torch.float32:
+        assert report.bytes_of("packed") == least
+    else:  # the most that they can take
+        run(model.to(memory_format=torch.channels_last), dtype)
+        copies = [copy for layer in layers for key, copy in _kept.kept(layer).items() if key == "transformed"]
+        assert copies or not _conv3x3.available()
+        assert report.bytes_of("packed") >= least + sum(copy.weight.nbytes for copy in copies) // 2
     assert f"{len(layers)} weights packed" in str(report)
     assert "CUDA graphs: none" in str(report)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ._converted import convert, converted_bytes, unconvert
 from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
+from ._packed import packed_bytes
 
 __all__ = [
     "Form",
@@ -30,6 +31,7 @@ __all__ = [
     "has_form",
     "integration_of",
     "own_methods",
+    "packed_bytes",
     "supported",
     "take_form",
     "unconvert",

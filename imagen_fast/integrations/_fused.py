@@ -137,7 +137,8 @@ def give_back(module: Any) -> None:
     if isinstance(module, Fused):
         drop(module)
         take_form(module, _original_class(module))
-    for name in [name for name, value in vars(module).items() if isinstance(value, FusedMethod)]:
+    fused = [name for name, value in vars(module).items() if isinstance(value, FusedMethod) and name == value.method]
+    for name in fused:
         del vars(module)[name]
 
 

@@ -4,7 +4,8 @@ PyTorch's own layers have oneDNN bring their weight into its blocked layout at e
 beside the layer (see `_kept`), and what follows a layer can be computed where its results are still in registers: an
 activation, the sum with a residual. A copy is used
 
-- on the CPU, in float32, and in 16 bits where oneDNN has instructions for it; convolutions in channels-last alone,
+- on the CPU, in float32, and in 16 bits where the processor has instructions for it; convolutions in channels-last
+  alone, those of 3x3 in 16 bits by Winograd's algorithm where that is faster (`ops._conv3x3`),
 - without gradients, autocast, tracing, and modes or transforms of PyTorch that would not see the layer,
 - while the layer is plain (`why_called`) and its weight is the one that was packed, unchanged (`_kept.Seen`).
 
@@ -22,11 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import _conv3x3
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import Fused, own_methods, why_called
 from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
 
 _ONEDNN = torch.ops.mkldnn
+_FEWEST_TILES = 32  # of 4x4 results, for Winograd's algorithm
 # Activations as oneDNN knows them: name, algorithm
 _ACTIVATIONS: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
@@ -40,6 +43,7 @@ class _Packed(NamedTuple):
     seen: tuple[Seen, ...]
     weight: Tensor
     bias: Tensor | None
+    is_transformed: bool = False  # for Winograd's algorithm, not for oneDNN
 
 
 class PackedLinear(Fused, nn.Linear):
@@ -63,7 +67,7 @@ class PackedConv2d(Fused, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         packed = _packed_conv2d(self, input) if _has_own_forward(self) else None
-        return super().forward(input) if packed is None else _run_conv2d(self, packed, input, None, None)
+        return super().forward(input) if packed is None else _run_conv2d(self, packed, input, None)
 
 
 # ---- For fused blocks
@@ -108,24 +112,23 @@ def linears(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> tuple[T
     return tuple(layer(x) for layer in layers)
 
 
-def conv2d(layer: nn.Module, x: Tensor, *, activation: str | None = None, add: Tensor | None = None) -> Tensor:
-    """`activation(layer(x))`, or `layer(x) + add`.
+def conv2d(layer: nn.Module, x: Tensor, *, add: Tensor | None = None) -> Tensor:
+    """`layer(x)`, or `layer(x) + add`.
 
     Args:
         layer: a child that is an `nn.Conv2d` as long as nobody replaces it.
         x: (B, C, H, W).
-        activation: as of `ops.group_norm_act`.
-        add: of the result's shape; not together with an activation.
+        add: of the result's shape.
     """
     packed = _packed_conv2d(layer, x) if isinstance(layer, PackedConv2d) and _is_plain(layer) else None
     if packed is None:
-        y = ACTIVATIONS[activation](layer(x))
+        y = layer(x)
         return y if add is None else y + add
     assert isinstance(layer, PackedConv2d)
-    if add is not None and _can_add(add, x, _conv2d_shape(layer, x)):
-        return _run_conv2d(layer, packed, x, None, add)
-    y = _run_conv2d(layer, packed, x, activation, None)
-    return y if add is None else y + add
+    if add is None:
+        return _run_conv2d(layer, packed, x, None)
+    fits = _can_add(add, x, _conv2d_shape(layer, x)) and (not packed.is_transformed or _is_channels_last(add))
+    return _run_conv2d(layer, packed, x, add) if fits else _run_conv2d(layer, packed, x, None) + add
 
 
 def adds_at_once(x: Tensor, dropout: nn.Module) -> bool:
@@ -183,7 +186,6 @@ def _can_pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Ten
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and x.device.type == "cpu"
         and x.numel() > 0
-        and _has_onednn(x.dtype)
         and torch._C._get_mkldnn_enabled()
         and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
         and can_be_seen(*tensors)
@@ -199,7 +201,8 @@ def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packe
     if any(weight is None for weight in weights):
         return None
     biases = [layer._parameters.get("bias") for layer in layers]
-    if x.dim() < 2 or x.shape[-1] != weights[0].shape[-1] or not _can_pack(weights, biases, x):
+    fits = x.dim() >= 2 and x.shape[-1] == weights[0].shape[-1] and _has_onednn(x.dtype)
+    if not fits or not _can_pack(weights, biases, x):
         return None
     found = kept(owner).get(key)
     if found is not None and all_still(found.seen, (*weights, *biases)):
@@ -245,17 +248,50 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
         # With a packed weight oneDNN makes NHWC of NCHW; and PyTorch has another algorithm for small ones in float32.
         and (_is_channels_last(x) or _is_channels_last(weight))
     )
-    if not fits or not _can_pack((weight,), (bias,), x):
+    transforms = fits and _transforms(layer, x)
+    if not fits or not (transforms or _has_onednn(x.dtype)) or not _can_pack((weight,), (bias,), x):
         return None
-    found = kept(layer).get("packed")
+    key = "transformed" if transforms else "packed"
+    found = kept(layer).get(key)
     if found is not None and all_still(found.seen, (weight, bias)):
         return found
     with outside_inference():
-        reordered = _ONEDNN._reorder_convolution_weight(
-            weight.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, list(x.shape)
-        )
-    packed = kept(layer)["packed"] = _Packed(look_at((weight, bias)), reordered, bias)
+        if transforms:
+            copy = _conv3x3.transformed(weight)
+        else:
+            where = (layer.padding, layer.stride, layer.dilation, layer.groups)
+            copy = _ONEDNN._reorder_convolution_weight(weight.detach(), *where, list(x.shape))
+    packed = kept(layer)[key] = _Packed(look_at((weight, bias)), copy, bias, transforms)
     return packed
+
+
+def _transforms(layer: Any, x: Tensor) -> bool:
+    """Whether Winograd's algorithm computes this, and is faster: the more so the more tiles share a weight."""
+    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+    return x.dtype in (torch.bfloat16, torch.float16) and tiles >= _FEWEST_TILES and _can_transform(layer)
+
+
+def _can_transform(layer: Any) -> bool:
+    return (
+        layer.kernel_size == (3, 3)
+        and layer.stride == layer.padding == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and (layer.bias is None or layer.bias.is_contiguous())
+        and layer.in_channels % _conv3x3.CHANNEL_STEP == 0
+        and layer.out_channels % _conv3x3.CHANNEL_STEP == 0
+        and _conv3x3.available()
+    )
+
+
+def packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
+    """The most that the packed weight of a layer takes, if it computes in dtype; None where it is not packed at all."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.device.type not in ("cpu", "meta"):
+        return None
+    dtype = weight.dtype if dtype is None else dtype
+    if isinstance(layer, nn.Conv2d) and dtype in (torch.bfloat16, torch.float16) and _can_transform(layer):
+        return _conv3x3.transformed_bytes(layer.in_channels, layer.out_channels)
+    return weight.numel() * dtype.itemsize
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -272,13 +308,13 @@ def _conv2d_shape(layer: Any, x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], layer.out_channels, *sides)
 
 
-def _run_conv2d(layer: nn.Conv2d, packed: _Packed, x: Tensor, activation: str | None, add: Tensor | None) -> Tensor:
-    if _is_channels_last(layer.weight):
-        x = x.contiguous(memory_format=torch.channels_last)  # as PyTorch's own convolution does
+def _run_conv2d(layer: nn.Conv2d, packed: _Packed, x: Tensor, add: Tensor | None) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)  # as PyTorch's own, if the weight is
+    if packed.is_transformed:
+        return _conv3x3.conv3x3(x, packed.weight, packed.bias, add, layer.out_channels)
     where = (layer.padding, layer.stride, layer.dilation, layer.groups)
     if add is not None:
         return _ONEDNN._convolution_pointwise.binary(
             x, add, packed.weight, packed.bias, *where, "add", 1.0, None, [], None
         )
-    name, algorithm = _ACTIVATIONS[activation]
-    return _ONEDNN._convolution_pointwise(x, packed.weight, packed.bias, *where, name, [], algorithm)
+    return _ONEDNN._convolution_pointwise(x, packed.weight, packed.bias, *where, "none", [], "")

@@ -17,7 +17,9 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import imagen_fast
+from imagen_fast import _native
 from imagen_fast.integrations import _fused, _kept, _packed
+from imagen_fast.ops import _conv3x3
 from imagen_fast.testing import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not _packed._has_onednn(torch.float32), reason="this PyTorch has no oneDNN")
@@ -92,7 +94,7 @@ def test_linear(dtype: torch.dtype, activation: str | None, bias: bool, used: li
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "gelu", "add"])
+@pytest.mark.parametrize("adds", [False, True], ids=["", "add"])
 @pytest.mark.parametrize(
     "form",
     [
@@ -106,7 +108,7 @@ def test_linear(dtype: torch.dtype, activation: str | None, bias: bool, used: li
     ids=str,
 )
 @pytest.mark.parametrize("layouts", ["both", "input", "weight", "none"])
-def test_conv2d(dtype: torch.dtype, activation: str | None, form: dict[str, Any], layouts: str) -> None:
+def test_conv2d(dtype: torch.dtype, adds: bool, form: dict[str, Any], layouts: str) -> None:
     torch.manual_seed(0)
     layer = packed(nn.Conv2d(12, 18, **{"kernel_size": 3, **form}), dtype)
     x = random(2, 12, 9, 11, dtype=dtype)
@@ -114,13 +116,35 @@ def test_conv2d(dtype: torch.dtype, activation: str | None, form: dict[str, Any]
         x = x.contiguous(memory_format=NHWC)
     if layouts in ("both", "weight"):
         layer = layer.to(memory_format=NHWC)
-    then: dict[str, Any] = {"activation": activation}
-    if activation == "add":
-        then = {"add": torch.randn_like(layer(x))}
-    ours, eager = _packed.conv2d(layer, x, **then), _packed.conv2d(plain(layer), x, **then)
-    then = {name: value.double() if isinstance(value, Tensor) else value for name, value in then.items()}
-    assert_as_accurate(ours, eager, _packed.conv2d(plain(layer).double(), x.double(), **then))
+    add = torch.randn_like(layer(x)) if adds else None
+    ours, eager = _packed.conv2d(layer, x, add=add), _packed.conv2d(plain(layer), x, add=add)
+    wide = None if add is None else add.double()
+    assert_as_accurate(ours, eager, _packed.conv2d(plain(layer).double(), x.double(), add=wide))
     assert layer(x).stride() == plain(layer)(x).stride()
+
+
+@pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the cpu backend")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_3x3_conv2d_is_transformed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_conv3x3, "available", lambda: True)  # also where matrix tiles are faster
+    torch.manual_seed(0)
+    layer = packed(nn.Conv2d(32, 48, 3, padding=1), dtype).to(memory_format=NHWC)
+    for size, key in ((16, "transformed"), (4, "packed")):
+        x = random(2, 32, size, size, dtype=dtype)
+        add = random(2, 48, size, size, dtype=dtype)
+        for residual in (None, add, add.contiguous(memory_format=NHWC)):
+            _kept.drop(layer)
+            ours, eager = _packed.conv2d(layer, x, add=residual), _packed.conv2d(plain(layer), x, add=residual)
+            wide = None if residual is None else residual.double()
+            assert_as_accurate(ours, eager, _packed.conv2d(plain(layer).double(), x.double(), add=wide))
+            assert list(_kept.kept(layer)) == ([key] if key == "transformed" or _packed._has_onednn(dtype) else [])
+    x = random(2, 32, 16, 16, dtype=dtype)
+    before = layer(x)
+    assert _packed.packed_bytes(layer, dtype) == _kept.kept(layer)["transformed"].weight.nbytes
+    layer.weight[3].mul_(2)
+    assert torch.equal(layer(x)[:, :3], before[:, :3])
+    torch.testing.assert_close(layer(x), plain(layer)(x), rtol=2e-2, atol=2e-2)
+    assert not torch.allclose(layer(x), before, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
