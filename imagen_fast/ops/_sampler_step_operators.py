@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _triton
+
 SCHEMA = (
     "(Tensor sample, Tensor output, Tensor? unconditional_output, Tensor? previous_x0, Tensor? noise, Tensor? seed, "
     "Tensor rows, Tensor index, bool learned_variance, float guidance, float rescale, bool remove_parallel, "
@@ -51,6 +53,12 @@ def _fake(sample: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 for _backend in BACKENDS:
     _LIBRARY.define(f"sampler_step_{_backend}{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"imagen_fast::sampler_step_{_backend}", _fake, lib=_LIBRARY)
+
+
+@_triton.once
+def define_triton() -> None:
+    _triton.define("sampler_step_triton", _triton.kernels("sampler_step").forward, fake=_fake)
+
 
 # For tests: the words (counters, 4) int32 and the normals (counters, 4) float32 of a stream's counters
 _LIBRARY.define(

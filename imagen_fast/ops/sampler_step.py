@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Op, Requirement, dtypes, no_gradient
+from ..backends import Backend, Op, dtypes, no_gradient, run_operator
 from ..layout import dense, has_one_position_stride, is_dense
 from ..reference.guidance import DynamicThreshold, Guidance
 from ..reference.sampler_step import sampler_step as eager_sampler_step
 from . import _checks
-from ._sampler_step_operators import operator
+from ._sampler_step_operators import define_triton, operator
 
 if TYPE_CHECKING:
     from ..diffusion.step_table import StepTable
@@ -234,8 +234,17 @@ _cpu = operator("cpu")
 
 
 def _run_cpu(call: _Call) -> tuple[Tensor, Tensor | None]:
+    return _run_on(_cpu, call)
+
+
+def _run_triton(call: _Call) -> tuple[Tensor, Tensor | None]:
+    define_triton()
+    return _run_on(operator("triton"), call)
+
+
+def _run_on(kernels: Any, call: _Call) -> tuple[Tensor, Tensor | None]:
     dtype, wanted = _common_dtype(call), call.sample.dtype
-    following, x0 = _cpu(*_arguments(call, dtype))
+    following, x0 = run_operator(kernels, *_arguments(call, dtype))
     if dtype != wanted:
         following, x0 = following.to(wanted), x0.to(wanted)
     return following, x0 if call.write_x0 else None
@@ -257,12 +266,22 @@ def _notes(call: _Call) -> list[str]:
     return notes
 
 
-_REQUIREMENTS: tuple[Requirement, ...] = (
-    dtypes("sample", torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    no_gradient("sample", "output", "unconditional_output", "previous_x0", "noise"),
-)
+_NO_GRADIENT = no_gradient("sample", "output", "unconditional_output", "previous_x0", "noise")
 
-_OP = Op("sampler_step", _check, (Backend("eager", _run_eager), Backend("cpu", _run_cpu, _REQUIREMENTS)), _notes)
+_OP = Op(
+    "sampler_step",
+    _check,
+    (
+        Backend("eager", _run_eager),
+        Backend(
+            "cpu",
+            _run_cpu,
+            (dtypes("sample", torch.float16, torch.bfloat16, torch.float32, torch.float64), _NO_GRADIENT),
+        ),
+        Backend("triton", _run_triton, (dtypes("sample", torch.float16, torch.bfloat16, torch.float32), _NO_GRADIENT)),
+    ),
+    _notes,
+)
 
 
 def sampler_step(
