@@ -5,8 +5,7 @@
 #include <tuple>
 
 #include "../common/cpu_capability.h"
-#include "../common/norm_tensors.h"
-#include "problem.h"
+#include "arguments.h"
 
 namespace imagen_fast {
 
@@ -15,19 +14,6 @@ IMAGEN_FAST_DECLARE_KERNEL(void channel_rms_norm_act_backward(const channel_rms_
 
 namespace channel_rms_norm_act {
 namespace {
-
-constexpr const char* kOp = "channel_rms_norm_act";
-
-NormProblem problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& shift, int64_t activation) {
-  NormProblem p = norm_problem(kOp, x, activation);
-  STD_TORCH_CHECK(p.channels > 0, kOp, ": x must have at least one channel");
-  p.parameters = {per_channel(kOp, p, "weight", weight),
-                  {},
-                  per_sample(kOp, p, "scale", scale),
-                  per_sample(kOp, p, "shift", shift)};
-  return p;
-}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
                                    const std::optional<Tensor>& shift, int64_t activation) {

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cuda_tensor.h"
+#include "../common/cuda_norm_launch.h"
 #include "arguments.h"
 #include "kernel_backward.cuh"
 #include "plan.h"
@@ -15,11 +15,6 @@ namespace {
 using device::make_plan;
 using device::Plan;
 using device::Sizes;
-
-void check_device(const Tensor& x, const char* name, const std::optional<Tensor>& tensor) {
-  STD_TORCH_CHECK(!tensor || (tensor->is_cuda() == x.is_cuda() && tensor->get_device() == x.get_device()),
-                  "group_norm_act: ", name, " must be on the device of x");
-}
 
 Sizes sizes(const Problem& p, std::initializer_list<const void*> tensors, int read) {
   STD_TORCH_CHECK(p.channels < int64_t{1} << 31, "group_norm_act: more than 2^31 channels");
@@ -36,8 +31,8 @@ Sizes sizes(const Problem& p, std::initializer_list<const void*> tensors, int re
 }
 
 // What all kernels take of a problem and its plan
-device::Problem geometry(const Problem& p, const Plan& plan) {
-  device::Problem g;
+TiledNorm geometry(const Problem& p, const Plan& plan) {
+  TiledNorm g;
   g.channels = static_cast<int>(p.channels);
   g.positions = p.positions;
   g.groups = static_cast<int>(p.groups);
@@ -65,29 +60,9 @@ LaunchConfig tiles(const Problem& p, const Plan& plan, Stream stream) {
   return config;
 }
 
-// Calls launches(TypeTag<T>, vector, layout), the last two as integral constants, for this problem.
-template <typename Launches>
-void dispatch(const Problem& p, const Plan& plan, Launches launches) {
-  with_type(p.dtype, [&](auto type) {
-    constexpr int kWidest = kMaxVector<typename decltype(type)::type>;
-    const auto with_layout = [&](auto vector) {
-      if (p.channels_last) {
-        launches(type, vector, std::true_type());
-      } else {
-        launches(type, vector, std::false_type());
-      }
-    };
-    if (plan.vector > 1) {
-      with_layout(std::integral_constant<int, kWidest>());
-    } else {
-      with_layout(std::integral_constant<int, 1>());
-    }
-  });
-}
-
 void launch_forward(const Problem& p, const Plan& plan, const device::Forward& f, Stream stream) {
   LaunchConfig config = tiles(p, plan, stream);
-  dispatch(p, plan, [&](auto type, auto vector, auto layout) {
+  dispatch_tiles(p, plan.vector, [&](auto type, auto vector, auto layout) {
     using T = typename decltype(type)::type;
     constexpr int V = decltype(vector)::value;
     constexpr bool kNhwc = decltype(layout)::value;
@@ -105,7 +80,7 @@ void launch_forward(const Problem& p, const Plan& plan, const device::Forward& f
 
 void launch_backward(const Problem& p, const Plan& plan, const device::Backward& f, Stream stream) {
   LaunchConfig config = tiles(p, plan, stream);
-  dispatch(p, plan, [&](auto type, auto vector, auto layout) {
+  dispatch_tiles(p, plan.vector, [&](auto type, auto vector, auto layout) {
     using T = typename decltype(type)::type;
     constexpr int V = decltype(vector)::value;
     constexpr bool kNhwc = decltype(layout)::value;
@@ -129,20 +104,12 @@ void launch_backward(const Problem& p, const Plan& plan, const device::Backward&
   });
 }
 
-void check_devices(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
-  check_device(x, "weight", weight);
-  check_device(x, "bias", bias);
-  check_device(x, "scale", scale);
-  check_device(x, "shift", shift);
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                                            const std::optional<Tensor>& shift, int64_t activation, double eps) {
   const Problem p = problem(x, num_groups, weight, bias, scale, shift, activation);
-  STD_TORCH_CHECK(p.dtype != DType::kDouble, "group_norm_act: the CUDA kernels take float16, bfloat16 and float32");
-  check_devices(x, weight, bias, scale, shift);
+  check_cuda_dtype(kOp, p);
+  check_same_device(kOp, x, {{"weight", weight}, {"bias", bias}, {"scale", scale}, {"shift", shift}});
   const OnDeviceOf on(x);
   Tensor y = uninitialized_on(x);
   Tensor mean = uninitialized_matrix_on(x, p.batch, p.groups, statistics_dtype(p));
@@ -154,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
   }
   const Plan plan = make_plan(sizes(p, {x.const_data_ptr(), y.const_data_ptr()}, 1), device_properties());
   device::Forward f{};
-  static_cast<device::Problem&>(f) = geometry(p, plan);
+  static_cast<TiledNorm&>(f) = geometry(p, plan);
   f.eps = static_cast<float>(eps);
   f.x = x.const_data_ptr();
   f.y = y.mutable_data_ptr();
@@ -169,19 +136,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
   return {y, mean, rstd};
 }
 
-// An output of the shape and dtype of `parameter`, contiguous, and where the kernel writes it; empty if not `needed`
-Tensor gradient_of(const Tensor& x, const std::optional<Tensor>& parameter, bool needed, ParameterGradient* to) {
-  const int64_t one = 1;
-  const int64_t zero = 0;
-  if (!needed || !parameter) return uninitialized_on(x, {&zero, 1}, {&one, 1}, aoti_torch_dtype_float32());
-  const int64_t size = parameter->size(0);
-  Tensor gradient = parameter->dim() == 1
-                        ? uninitialized_on(x, {&size, 1}, {&one, 1}, dtype_code(*parameter))
-                        : uninitialized_matrix_on(x, size, parameter->size(1), dtype_code(*parameter));
-  *to = {gradient.mutable_data_ptr(), dtype_of(*parameter)};
-  return gradient;
-}
-
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Of x, weight, bias, scale and shift; `needs` has a bit for each, the lowest for x.
@@ -190,21 +144,19 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const 
                    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t activation,
                    int64_t needs) {
   const Problem p = problem(x, num_groups, weight, bias, scale, shift, activation);
-  STD_TORCH_CHECK(p.dtype != DType::kDouble, "group_norm_act: the CUDA kernels take float16, bfloat16 and float32");
-  check_devices(x, weight, bias, scale, shift);
-  check_devices(x, dy, mean, rstd, {});
+  check_cuda_dtype(kOp, p);
+  check_same_device(kOp, x, {{"weight", weight}, {"bias", bias}, {"scale", scale}, {"shift", shift}});
+  check_same_device(kOp, x, {{"dy", dy}, {"mean", mean}, {"rstd", rstd}});
   check_gradient(kOp, dy, x);
   check_statistics(kOp, p, "mean", mean, p.batch * p.groups);
   check_statistics(kOp, p, "rstd", rstd, p.batch * p.groups);
   const OnDeviceOf on(x);
-  const int64_t nothing = 0;
-  const int64_t one = 1;
-  Tensor dx = needs & 1 ? uninitialized_on(x) : uninitialized_on(x, {&nothing, 1}, {&one, 1}, dtype_code(x));
+  Tensor dx = needs & 1 ? uninitialized_on(x) : nothing_on(x, dtype_code(x));
   ParameterGradients gradients;
-  Tensor dweight = gradient_of(x, weight, needs & 2, &gradients.weight);
-  Tensor dbias = gradient_of(x, bias, needs & 4, &gradients.bias);
-  Tensor dscale = gradient_of(x, scale, needs & 8, &gradients.scale);
-  Tensor dshift = gradient_of(x, shift, needs & 16, &gradients.shift);
+  Tensor dweight = gradient_on(x, weight, needs & 2, &gradients.weight);
+  Tensor dbias = gradient_on(x, bias, needs & 4, &gradients.bias);
+  Tensor dscale = gradient_on(x, scale, needs & 8, &gradients.scale);
+  Tensor dshift = gradient_on(x, shift, needs & 16, &gradients.shift);
   if (x.numel() == 0) {
     for (Tensor* sum : {&dweight, &dbias, &dscale, &dshift}) torch::stable::fill_(*sum, 0);
     return {dx, dweight, dbias, dscale, dshift};
@@ -213,7 +165,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const 
   const auto tensors = {dy.const_data_ptr(), x.const_data_ptr(), dx.const_data_ptr()};
   const Plan plan = make_plan(sizes(p, tensors, 2), device_properties());
   device::Backward f{};
-  static_cast<device::Problem&>(f) = geometry(p, plan);
+  static_cast<TiledNorm&>(f) = geometry(p, plan);
   f.dy = dy.const_data_ptr();
   f.x = x.const_data_ptr();
   f.mean = static_cast<const float*>(mean.const_data_ptr());
@@ -228,14 +180,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const 
   f.chunk_sums = f.sums + p.batch * p.channels;
   f.group_sums = f.sums + rows * p.channels;
   launch_backward(p, plan, f, on.stream());
-  if (needs >> 1) {
-    LaunchConfig config;
-    config.grid = static_cast<unsigned>(ceil_div<int64_t>(p.channels, kWarpSize));
-    config.block = dim3(kWarpSize, kGradientRows);
-    config.stream = on.stream();
-    launch(config, parameter_gradients,
-           ParameterSums{f.sums, p.batch, static_cast<int>(p.channels), p.parameters, gradients});
-  }
+  if (needs >> 1) launch_parameter_gradients(p, f.sums, gradients, on.stream());
   return {dx, dweight, dbias, dscale, dshift};
 }
 

@@ -20,7 +20,7 @@
 
 namespace imagen_fast::group_norm_act::device {
 
-struct Backward : Problem {
+struct Backward : TiledNorm {
   const void* dy;
   const void* x;
   const float* mean;  // (batch, groups)
@@ -118,7 +118,7 @@ __device__ __forceinline__ void tile_sums(const Backward& f, const Tile<T, V, kN
 
 // A and B from S and T of a group's channels, by the lanes of a warp
 template <typename Sums, typename Multiplier>
-__device__ __forceinline__ float2 group_sums(const Problem& p, Sums sums, Multiplier multiplier) {
+__device__ __forceinline__ float2 group_sums(const TiledNorm& p, Sums sums, Multiplier multiplier) {
   float2 total{0.0f, 0.0f};
   for (int c = lane(); c < p.channels_per_group; c += kWarpSize) {
     const float2 sum = sums(c);

@@ -7,11 +7,11 @@
 #pragma once
 
 #include "../common/cuda_activations.cuh"
-#include "kernel_tile.cuh"
+#include "../common/cuda_norm_tile.cuh"
 
 namespace imagen_fast::group_norm_act::device {
 
-struct Forward : Problem {
+struct Forward : TiledNorm {
   float eps;
   const void* x;
   void* y;
@@ -54,10 +54,6 @@ struct Join {
   }
 };
 
-struct Sum2 {
-  __device__ __forceinline__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; }
-};
-
 struct Statistics {
   float mean;
   float rest;
@@ -72,7 +68,7 @@ __device__ __forceinline__ Statistics statistics(const Moments& m, float eps) {
 // Each group's sum over the block of `value(line, channel of the line)`, for slices of several groups: there is at most
 // one line per thread.
 template <typename T, int V, bool kNhwc>
-__device__ __forceinline__ void sum_groups(const Problem& p, const Tile<T, V, kNhwc>& tile, const float2* values,
+__device__ __forceinline__ void sum_groups(const TiledNorm& p, const Tile<T, V, kNhwc>& tile, const float2* values,
                                            float2* scratch, float2* sums) {
   const int rows = tile.along_step;
   const int row = static_cast<int>(threadIdx.x) / p.team;
@@ -97,7 +93,7 @@ __device__ __forceinline__ void sum_groups(const Problem& p, const Tile<T, V, kN
 // The moments of a tile's groups, for all threads to see. `x` is the tile, in shared or in global memory.
 // The second pass corrects the first one's mean by the mean of the deviations.
 template <int kBatch, typename T, int V, bool kNhwc>
-__device__ __forceinline__ void tile_moments(const Problem& p, const Tile<T, V, kNhwc>& tile, const T* x,
+__device__ __forceinline__ void tile_moments(const TiledNorm& p, const Tile<T, V, kNhwc>& tile, const T* x,
                                              const Strides& strides, float2* scratch, Moments* moments) {
   const float count = tile.count(p);
   if (tile.groups == 1) {

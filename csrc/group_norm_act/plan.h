@@ -1,5 +1,5 @@
-// How group_norm_act is cut into tiles for a device (see kernel_tile.cuh), by the shape of one sample, so that a
-// sample's result does not depend on the batch that it is in.
+// How group_norm_act is cut into tiles for a device (see ../common/cuda_norm_tile.cuh), by the shape of one sample, so
+// that a sample's result does not depend on the batch that it is in.
 //
 //   - A slice that fits the shared memory of one block stays there: read once.
 //   - From capability 9.0 on a slice may be spread over a cluster of up to 8 blocks: where it is too large for one, and
@@ -10,15 +10,14 @@
 
 #include <algorithm>
 
-#include "kernel_tile.cuh"
+#include "../common/cuda_norm_plan.h"
+#include "../common/cuda_norm_tile.cuh"
 
 namespace imagen_fast::group_norm_act::device {
 
-constexpr int kSector = 32;                    // bytes that memory moves at least
 constexpr int64_t kSmallTile = 4 << 10;        // bytes of a tensor; no smaller tiles are made to fill the device
 constexpr int64_t kSplitTile = 32 << 10;       // bytes of a tensor that a block takes of what is split
 constexpr int64_t kMostChunks = 1024;          // of a slice: each block of the second pass reads what all have found
-constexpr int kStaticShared = 4 << 10;         // bytes: room for the kernels' own variables
 constexpr int64_t kWorthSplitting = 16 << 10;  // bytes of a slice
 
 struct Sizes {
@@ -45,12 +44,6 @@ struct Plan {
   int sums_bytes;
   int scratch_bytes;
 };
-
-inline int power_of_two_at_least(int64_t n) {
-  int power = 1;
-  while (power < n) power *= 2;
-  return power;
-}
 
 // How many groups of NHWC a slice takes: enough for a sector, and for whole vectors. 0 if there is no such number.
 inline int groups_together(const Sizes& s, int vector) {
@@ -90,8 +83,6 @@ inline void arrange_threads(const Sizes& s, Plan* plan) {
   }
   plan->threads = threads;
 }
-
-inline int rounded_bytes(int64_t bytes) { return static_cast<int>(ceil_div<int64_t>(bytes, 128) * 128); }
 
 inline Plan make_plan(const Sizes& s, const DeviceProperties& device) {
   Plan plan{};

@@ -130,6 +130,9 @@ def _define(backend: str) -> None:
 
 
 _define("cpu")
+_define("cuda")
+# For tests: how x is cut for the device; see csrc/channel_rms_norm_act/cuda.cu
+_LIBRARY.define("_channel_rms_norm_act_cuda_plan(Tensor x, bool backward) -> int[]")
 
 
 @_triton.once
@@ -156,6 +159,10 @@ def _run_cpu(call: _Call) -> Tensor:
     return run_operator(torch.ops.imagen_fast.channel_rms_norm_act_cpu.default, *_arguments(call))[0]
 
 
+def _run_cuda(call: _Call) -> Tensor:
+    return run_operator(torch.ops.imagen_fast.channel_rms_norm_act_cuda.default, *_arguments(call))[0]
+
+
 def _run_triton(call: _Call) -> Tensor:
     _define_triton()
     return run_operator(torch.ops.imagen_fast.channel_rms_norm_act_triton.default, *_arguments(call))[0]
@@ -168,6 +175,7 @@ _OP = Op(
         Backend("eager", _run_eager),
         Backend("cpu", _run_cpu, (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
         Backend("triton", _run_triton, (dtypes("x", torch.float16, torch.bfloat16, torch.float32),)),
+        Backend("cuda", _run_cuda, (dtypes("x", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     lambda call: _norms.notes(call.x),
 )

@@ -21,12 +21,26 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_group_norm_act(channels_last: bool, backend: str) -> None:
+def image(channels_last: bool) -> torch.Tensor:
     shape = (2, POSITIONS, 16) if channels_last else (2, 16, POSITIONS)
     x = torch.randn(shape, device="cuda", dtype=torch.float16)
-    x = x.transpose(1, 2) if channels_last else x
     assert x.numel() > 2**31
+    return x.transpose(1, 2) if channels_last else x
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_channel_rms_norm_act(channels_last: bool, backend: str) -> None:
+    x, weight = image(channels_last), torch.ones(16, device="cuda")
+    with torch.no_grad():
+        whole = ops.channel_rms_norm_act(x, weight)
+        end = ops.channel_rms_norm_act(x[1:, :, -1024:].clone(), weight)
+    torch.testing.assert_close(whole[1:, :, -1024:], end)
+    assert end.float().std() > 0.1
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_group_norm_act(channels_last: bool, backend: str) -> None:
+    x = image(channels_last)
     with torch.no_grad():
         whole = ops.group_norm_act(x, 4)
         alone = ops.group_norm_act(x[1:], 4)

@@ -1,7 +1,8 @@
-// The part of a tensor that one block of group_norm_act works on, and how its threads walk over it.
+// The part of a tensor that one block of a norm works on, and how its threads walk over it.
 //
 // A slice is what shares statistics in one sample: in NCHW one group, in NHWC as many groups together as make accesses
 // of at least 32 bytes (a sector of memory). A slice's positions are cut into chunks; a tile is one chunk of one slice.
+// (A norm without groups has one, of all channels.)
 //
 // Both layouts are walked the same way: by lines on which the channels stay the same, so that what belongs to a channel
 // is loaded once a line and summed in registers.
@@ -11,18 +12,18 @@
 //   NHWC     a vector of V channels        positions                     V
 #pragma once
 
-#include "../common/activation_codes.h"
-#include "../common/cuda.cuh"
-#include "../common/cuda_parameters.cuh"
+#include "activation_codes.h"
+#include "cuda.cuh"
+#include "cuda_parameters.cuh"
 
-namespace imagen_fast::group_norm_act::device {
+namespace imagen_fast {
 
 constexpr int kMaxThreads = 512;
 constexpr int kMaxGroups = 16;          // in a slice
 constexpr int kAffinesInShared = 2048;  // channels; beyond, their coefficients are formed where they are used
 
-// Made by plan.h
-struct Problem {
+// Made by the plan.h of an op
+struct TiledNorm {
   int channels;
   int64_t positions;
   int groups;
@@ -36,6 +37,10 @@ struct Problem {
   int affine_bytes;     // for the coefficients of a slice's channels
   Activation activation;
   Parameters parameters;
+};
+
+struct Sum2 {
+  __device__ __forceinline__ float2 operator()(float2 a, float2 b) const { return {a.x + b.x, a.y + b.y}; }
 };
 
 // Elements in memory: `offset` of a line's vector
@@ -69,7 +74,7 @@ struct Tile {
   int along_step;
 
   // Tiles are counted by chunk, then slice, then sample.
-  __device__ __forceinline__ Tile(const Problem& p, unsigned index) {
+  __device__ __forceinline__ Tile(const TiledNorm& p, unsigned index) {
     chunk = static_cast<int>(index % p.chunks);
     slice = static_cast<int>(index / p.chunks % p.slices);
     sample = index / p.chunks / p.slices;
@@ -108,7 +113,7 @@ struct Tile {
   }
 
   // How many values of a group are in the tile
-  __device__ __forceinline__ float count(const Problem& p) const {
+  __device__ __forceinline__ float count(const TiledNorm& p) const {
     return static_cast<float>(chunk_positions) * static_cast<float>(p.channels_per_group);
   }
 
@@ -133,7 +138,7 @@ struct Tile {
   }
 
   // The group within the slice that a line's channel belongs to
-  __device__ __forceinline__ int group_of(const Problem& p, int line, int i) const {
+  __device__ __forceinline__ int group_of(const TiledNorm& p, int line, int i) const {
     return groups == 1 ? 0 : (line * kChannels + i) / p.channels_per_group;
   }
 
@@ -192,7 +197,7 @@ template <typename T, int V, bool kNhwc>
 class Affines {
  public:
   // A barrier must come before they are used.
-  __device__ __forceinline__ Affines(const Problem& p, const Tile<T, V, kNhwc>& tile, ChannelAffine* shared)
+  __device__ __forceinline__ Affines(const TiledNorm& p, const Tile<T, V, kNhwc>& tile, ChannelAffine* shared)
       : p_(p), sample_(tile.sample), first_channel_(tile.first_channel), shared_(p.affine_bytes ? shared : nullptr) {
     if (!shared_) return;
     for (int c = static_cast<int>(threadIdx.x); c < tile.channels; c += static_cast<int>(blockDim.x)) {
@@ -206,10 +211,10 @@ class Affines {
   }
 
  private:
-  const Problem& p_;
+  const TiledNorm& p_;
   int64_t sample_;
   int first_channel_;
   ChannelAffine* shared_;
 };
 
-}  // namespace imagen_fast::group_norm_act::device
+}  // namespace imagen_fast
