@@ -1,11 +1,12 @@
-"""Linear layers and convolutions on weights packed once for oneDNN, on the CPU and without gradients.
+"""Linear layers and convolutions on weights packed once, on the CPU and without gradients.
 
 PyTorch's own layers have oneDNN bring their weight into its blocked layout at every call. Here a packed copy is kept
 beside the layer (see `_kept`), and what follows a layer can be computed where its results are still in registers: an
 activation, the sum with a residual. A copy is used
 
 - on the CPU, in float32, and in 16 bits where the processor has instructions for it; convolutions in channels-last
-  alone, those of 3x3 in 16 bits by Winograd's algorithm where that is faster (`ops._conv3x3`),
+  alone, those of 3x3 in 16 bits by Winograd's algorithm where that is faster (`ops._conv3x3`); linear layers in
+  bfloat16 by this package's own product where that is faster (`ops._packed_linear`),
 - without gradients, autocast, tracing, and modes or transforms of PyTorch that would not see the layer,
 - while the layer is plain (`why_called`) and its weight is the one that was packed, unchanged (`_kept.Seen`).
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _conv3x3
+from ..ops import _packed_linear as _product
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import Fused, own_methods, why_called
 from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
@@ -41,7 +43,7 @@ _ACTIVATIONS: dict[str | None, tuple[str, str]] = {
 
 class _Packed(NamedTuple):
     seen: tuple[Seen, ...]
-    weight: Tensor
+    weight: Any  # a tensor, or the panels of this package's own product
     bias: Tensor | None
     is_transformed: bool = False  # for Winograd's algorithm, not for oneDNN
 
@@ -89,7 +91,7 @@ def linear(layer: Any, x: Tensor, *, activation: str | None = None, add: Tensor 
     if add is None:
         return _run_linear(packed, x, activation)
     if _can_add(add, x, (*x.shape[:-1], layer.out_features)) and add.is_contiguous():
-        return _ONEDNN._linear_pointwise.binary(x, add, packed.weight, packed.bias, "add")
+        return _run_linear(packed, x, None, add)
     return _run_linear(packed, x, None) + add
 
 
@@ -210,7 +212,9 @@ def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packe
     with outside_inference():
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         bias = _joined_bias(weights, biases)
-        packed = _Packed(look_at((*weights, *biases)), _ONEDNN._reorder_linear_weight(weight), bias)
+        own = _product.is_faster(weight) and (bias is None or bias.is_contiguous())
+        copy = _product.pack(weight) if own else _ONEDNN._reorder_linear_weight(weight)
+        packed = _Packed(look_at((*weights, *biases)), copy, bias)
     kept(owner)[key] = packed
     return packed
 
@@ -229,7 +233,11 @@ def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> 
     )
 
 
-def _run_linear(packed: _Packed, x: Tensor, activation: str | None) -> Tensor:
+def _run_linear(packed: _Packed, x: Tensor, activation: str | None, add: Tensor | None = None) -> Tensor:
+    if isinstance(packed.weight, _product.Panels):
+        return ACTIVATIONS[activation](packed.weight.product(x, packed.bias, add))
+    if add is not None:
+        return _ONEDNN._linear_pointwise.binary(x, add, packed.weight, packed.bias, "add")
     name, algorithm = _ACTIVATIONS[activation]
     return _ONEDNN._linear_pointwise(x, packed.weight, packed.bias, name, [], algorithm)
 

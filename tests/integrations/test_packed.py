@@ -48,6 +48,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     reorders = {n: getattr(torch.ops.mkldnn, n) for n in ("_reorder_linear_weight", "_reorder_convolution_weight")}
     runs = {name: counted(name) for name in ("_linear_pointwise", "_convolution_pointwise")}
     monkeypatch.setattr(_packed, "_ONEDNN", SimpleNamespace(**reorders, **runs))
+    monkeypatch.setattr(_packed._product, "is_faster", lambda weight: False)
     return calls
 
 
