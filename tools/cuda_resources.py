@@ -8,23 +8,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 from collections import defaultdict
 from pathlib import Path
 
-from tabulate import tabulate
+import kernel_resources
+from kernel_resources import Kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "native" / "libimagen_fast_cuda"
-TABLES = ROOT / "tests" / "cuda" / "resources"
-
-# Registers per thread; bytes of static shared memory per block; bytes of local memory per thread (arrays that are
-# indexed at run time); bytes of registers that did not fit, per thread
-Resources = dict[str, int]
-Kernels = dict[str, dict[str, Resources]]  # by name and architecture
+TABLES = kernel_resources.Tables(ROOT / "tests" / "cuda" / "resources")
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -41,7 +35,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def parse(log: str) -> Kernels:
-    """What `nvcc -Xptxas -v` says."""
+    """What `nvcc -Xptxas -v` says: static shared memory alone, and local memory of arrays indexed at run time too."""
     kernels: Kernels = defaultdict(dict)
     pattern = (
         r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\w+)'\n"
@@ -69,45 +63,14 @@ def built() -> dict[str, Kernels]:
     return ops
 
 
-def table(op: str) -> Kernels | None:
-    """What is committed of an op."""
-    file = TABLES / f"{op}.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def write(op: str, kernels: Kernels) -> None:
-    """One line for each kernel and architecture."""
-    lines = [
-        f"  {json.dumps(name)}: {{\n"
-        + ",\n".join(
-            f"    {json.dumps(arch)}: {json.dumps(values)}" for arch, values in sorted(by_architecture.items())
-        )
-        + "\n  }"
-        for name, by_architecture in sorted(kernels.items())
-    ]
-    TABLES.mkdir(exist_ok=True)
-    (TABLES / f"{op}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Resources of the CUDA kernels in the latest build.")
-    parser.add_argument("--write", action="store_true", help="replace the committed tables")
-    arguments = parser.parse_args()
+    options = kernel_resources.arguments("Resources of the CUDA kernels in the latest build.").parse_args()
     ops = built()
     if not ops:
         raise SystemExit(f"no CUDA kernels have been built in {LOGS}")
-    for op, kernels in ops.items():
-        rows = [
-            {"kernel": name, "sm": architecture, **values}
-            for name, by_architecture in kernels.items()
-            for architecture, values in by_architecture.items()
-        ]
-        print(f"{op}\n{tabulate(rows, headers='keys')}\n")
-        if arguments.write:
-            write(op, kernels)
-    if arguments.write:
-        for left_over in {file.stem for file in TABLES.glob("*.json")} - set(ops):
-            (TABLES / f"{left_over}.json").unlink()
+    kernel_resources.show(ops)
+    if options.write:
+        TABLES.write_all(ops)
 
 
 if __name__ == "__main__":

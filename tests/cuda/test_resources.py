@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import build_emulator  # noqa: E402
 import cuda_resources  # noqa: E402
+from kernel_resources import regressions, spills  # noqa: E402
 
 WRITE = "python setup.py build_ext --inplace && python tools/cuda_resources.py --write"
 
@@ -34,36 +35,15 @@ def test_the_build_is_of_these_sources() -> None:
 
 
 def test_nothing_spills() -> None:
-    spilled = [
-        f"{op}: {name}, sm_{architecture}: {resources['spilled']} bytes"
-        for op, kernels in cuda_resources.built().items()
-        for name, by_architecture in kernels.items()
-        for architecture, resources in by_architecture.items()
-        if resources["spilled"]
-    ]
+    spilled = spills(cuda_resources.built())
     assert not spilled, "registers spill to memory:\n" + "\n".join(spilled)
 
 
 def test_no_kernel_takes_more_than_it_did() -> None:
-    problems = []
-    for op, kernels in cuda_resources.built().items():
-        known = cuda_resources.table(op) or {}
-        problems += [f"{op}: {name} is gone" for name in known.keys() - kernels.keys()]
-        for name, by_architecture in kernels.items():
-            if name not in known:
-                problems.append(f"{op}: {name} is new")
-                continue
-            for architecture in by_architecture.keys() & known[name].keys():
-                problems += regressions(
-                    f"{op}: {name}, sm_{architecture}", known[name][architecture], by_architecture[architecture]
-                )
+    problems = [
+        p for op, kernels in cuda_resources.built().items() for p in cuda_resources.TABLES.regressions(op, kernels)
+    ]
     assert not problems, "\n".join([*problems, f"If all of this is meant: {WRITE}"])
-
-
-def regressions(kernel: str, before: cuda_resources.Resources, now: cuda_resources.Resources) -> list[str]:
-    """The compiler's version moves registers a little; the rest is what the source says."""
-    allowed = {**before, "registers": before["registers"] + max(4, before["registers"] // 10)}
-    return [f"{kernel}: {now[what]} of {what}, was {before[what]}" for what in before if now[what] > allowed[what]]
 
 
 LOG = """\

@@ -1,0 +1,111 @@
+"""Every Triton kernel is compiled for every architecture, without a device: it does, and what it takes is as known.
+
+The tables in `resources/` say what every kernel took of a multiprocessor; what takes noticeably more is a regression.
+Which calls are compiled, and how, says `tools/triton_resources.py`. After a change that is worth it:
+`python tools/triton_resources.py --write`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from imagen_fast import _triton
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+pytest.importorskip("triton")
+if _triton.INTERPRETED:
+    pytest.skip("kernels for Triton's interpreter cannot be compiled", allow_module_level=True)
+
+import kernel_resources
+import triton_resources
+from triton_resources import OPS, TABLES, Compiled, compile_all
+
+WRITE = "python tools/triton_resources.py --write"
+MOST_SPILLED = 32  # bytes of a thread: a few numbers that wait outside of a loop
+# More, by op: attention's heads of 256 in float32, whose products do without tensor cores and hold rows of D numbers
+SPILLED = {"attention": 272}
+
+ops = pytest.mark.parametrize("op", OPS)
+
+
+@functools.cache
+def compiled(op: str) -> list[Compiled]:
+    return compile_all(op)
+
+
+@functools.cache
+def table(op: str) -> kernel_resources.Kernels:
+    return triton_resources.table(compiled(op))
+
+
+@ops
+def test_an_op_is_compiled_for_every_architecture(op: str, closing_lines: list[str]) -> None:
+    start = time.monotonic()
+    kernels = compiled(op)
+    closing_lines.append(f"{op}: {len(kernels)} Triton kernels compiled in {time.monotonic() - start:.0f} s")
+    for architecture in _triton.KNOWN_DEVICES:
+        pointers = [
+            {kind for kind in each.kernel.src.signature.values() if kind in ("*fp16", "*bf16")}
+            for each in kernels
+            if each.architecture == architecture
+        ]
+        where = f"add calls to tests/triton/calls/{op}.py"
+        assert any(pointers), f"no kernel of 16-bit numbers is compiled for {architecture}: {where}"
+        assert not all(pointers), f"no kernel of 32-bit numbers is compiled for {architecture}: {where}"
+
+
+def test_no_kernel_is_left_out() -> None:
+    for architecture in _triton.KNOWN_DEVICES:
+        seen = {e.kernel.src.fn.__name__ for op in OPS for e in compiled(op) if e.architecture == architecture}
+        left_out = triton_resources.all_kernels() - seen
+        assert not left_out, f"not compiled for {architecture}: add a call to tests/triton/calls: {left_out}"
+
+
+@ops
+def test_shared_memory_suffices(op: str) -> None:
+    limits = {architecture: device.shared_memory for architecture, device in _triton.KNOWN_DEVICES.items()}
+    too_much = too_much_shared_memory(table(op), limits)
+    assert not too_much, "\n".join(too_much)
+
+
+def too_much_shared_memory(kernels: kernel_resources.Kernels, limits: dict[str, int]) -> list[str]:
+    return [
+        f"{name}, {architecture}: {values['shared']} bytes of shared memory, of {limits[architecture]}"
+        for name, by_architecture in kernels.items()
+        for architecture, values in by_architecture.items()
+        if values["shared"] > limits[architecture]
+    ]
+
+
+@ops
+def test_next_to_nothing_spills(op: str) -> None:
+    spilled = kernel_resources.spills({op: table(op)}, SPILLED.get(op, MOST_SPILLED))
+    assert not spilled, f"registers spill to memory; change kernels/triton/{op}.json:\n" + "\n".join(spilled)
+
+
+@ops
+def test_no_kernel_takes_more_than_it_did(op: str) -> None:
+    problems = [*TABLES.regressions(op, table(op))]
+    known = {(name, architecture) for name, each in (TABLES.read(op) or {}).items() for architecture in each}
+    now = {(name, architecture) for name, each in table(op).items() for architecture in each}
+    problems += [f"{op}: {', '.join(row)} is new or gone" for row in sorted(known ^ now)]
+    assert not problems, "\n".join([*problems, f"If all of this is meant: {WRITE}"])
+
+
+def test_more_shared_memory_than_there_is_is_seen() -> None:
+    kernels = {"k": {"9.0": {"shared": 100}, "12.0": {"shared": 100}}}
+    assert too_much_shared_memory(kernels, {"9.0": 100, "12.0": 99}) == ["k, 12.0: 100 bytes of shared memory, of 99"]
+
+
+def test_reports_are_read() -> None:
+    report = " Function k:\n  REG:40 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:472 TEXTURE:0\n"
+    assert triton_resources.parse_cuobjdump(report) == {"registers": 40, "spilled": 24}
+    metadata = "    .private_segment_fixed_size: 12\n    .sgpr_count:     56\n    .vgpr_count:     43\n"
+    metadata += "    .vgpr_spill_count: 4\n"
+    assert triton_resources.parse_amdgcn(metadata) == {"registers": 43, "spilled": 16}
