@@ -21,8 +21,8 @@ using imagen_fast::conv3x3::kPanelColumns;
 using imagen_fast::conv3x3::kPoints;
 using V = Vec<float>;
 
-constexpr int64_t kFewestTiles = 64;           // of a chunk: weights are read once for each chunk
-constexpr int64_t kChunkFloats = 1024 * 1024;  // V and M of a chunk stay in the cache
+constexpr int64_t kFewestTiles = 30;          // of a chunk: weights are read once for each chunk
+constexpr int64_t kChunkFloats = 256 * 1024;  // V and M of a chunk stay in the cache of a core
 
 struct Tiling {
   int64_t rows;  // of tiles in a picture
@@ -38,9 +38,10 @@ Tiling tiling_of(const imagen_fast::conv3x3::Problem& p) {
   t.columns = ceil_div(p.width, 4);
   t.tiles = p.batch * t.rows * t.columns;
   t.panels = ceil_div(p.out_channels, kPanelColumns);
-  const int64_t fitting = kChunkFloats / (kPoints * (p.in_channels + t.panels * kPanelColumns));
+  const int64_t fitting = kChunkFloats / (kPoints * (p.in_channels + kPanelColumns));
   const int64_t most = fitting > kFewestTiles ? fitting : kFewestTiles;
-  t.chunk = ceil_div(t.tiles, ceil_div(t.tiles, most));
+  const int64_t threads = imagen_fast::num_threads();
+  t.chunk = ceil_div(t.tiles, threads * ceil_div(t.tiles, threads * most));
   return t;
 }
 
@@ -99,17 +100,19 @@ void transform_input(const imagen_fast::conv3x3::Problem& p, Tile tile, float* v
   }
 }
 
-// m: (kPoints, panels, chunk, kPanelColumns), at the row of this tile
+// m: (kPoints, chunk, kPanelColumns), at the row of this tile, of output channels from `first` on
 template <typename T>
-void transform_output(const imagen_fast::conv3x3::Problem& p, const Tiling& t, Tile tile, const float* m) {
-  const int64_t point = t.panels * t.chunk * kPanelColumns;
-  for (int64_t c = 0; c < p.out_channels; c += V::kWidth) {
-    const float* from = m + c / kPanelColumns * t.chunk * kPanelColumns + c % kPanelColumns;
+void transform_output(const imagen_fast::conv3x3::Problem& p, const Tiling& t, Tile tile, const float* m, int64_t first,
+                      int64_t columns) {
+  const int64_t point = t.chunk * kPanelColumns;
+  for (int64_t column = 0; column < columns; column += V::kWidth) {
+    const int64_t c = first + column;
+    const float* from = m + column;
     V half[4][6];  // A^T M
     for (int j = 0; j < 6; ++j) {
-      V column[6], to[4];
-      for (int i = 0; i < 6; ++i) column[i] = V::load(from + (i * 6 + j) * point);
-      transform_to_four(column, to);
+      V six[6], to[4];
+      for (int i = 0; i < 6; ++i) six[i] = V::load(from + (i * 6 + j) * point);
+      transform_to_four(six, to);
       for (int i = 0; i < 4; ++i) half[i][j] = to[i];
     }
     const V bias = p.bias ? V::load(static_cast<const T*>(p.bias) + c) : V(0);
@@ -130,32 +133,33 @@ void transform_output(const imagen_fast::conv3x3::Problem& p, const Tiling& t, T
 template <typename T>
 void convolve(const imagen_fast::conv3x3::Problem& p) {
   const Tiling t = tiling_of(p);
-  Buffer<float> transformed(kPoints * t.chunk * p.in_channels), products(kPoints * t.panels * t.chunk * kPanelColumns);
-  float* const v = transformed.data();
-  float* const m = products.data();
-  for (int64_t first = 0; first < t.tiles; first += t.chunk) {
-    const int64_t tiles = t.tiles - first < t.chunk ? t.tiles - first : t.chunk;
-    parallel_for(tiles, kPoints * p.in_channels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+  const int64_t chunks = ceil_div(t.tiles, t.chunk);
+  parallel_for(chunks, kElementsPerThread, [&](int64_t begin, int64_t end) {
+    Buffer<float> transformed(kPoints * t.chunk * p.in_channels), products(kPoints * t.chunk * kPanelColumns);
+    float* const v = transformed.data();
+    float* const m = products.data();
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * t.chunk;
+      const int64_t tiles = t.tiles - first < t.chunk ? t.tiles - first : t.chunk;
+      for (int64_t i = 0; i < tiles; ++i) {
         transform_input<T>(p, tile_at(t, first + i), v + i * p.in_channels, t.chunk);
       }
-    });
-    parallel_for(kPoints * t.panels, tiles * p.in_channels, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t left_columns = p.out_channels - task % t.panels * kPanelColumns;
+      for (int64_t panel = 0; panel < t.panels; ++panel) {
+        const int64_t left_columns = p.out_channels - panel * kPanelColumns;
         const int64_t columns = left_columns < kPanelColumns ? left_columns : kPanelColumns;
-        attention::multiply<float, attention::Store::kScaled>(
-            {v + task / t.panels * t.chunk * p.in_channels, p.in_channels, 1},
-            {p.weight + task * p.in_channels * kPanelColumns, kPanelColumns}, attention::kTileColumns<float>,
-            {m + task * t.chunk * kPanelColumns, kPanelColumns}, tiles, columns, p.in_channels);
+        for (int64_t point = 0; point < kPoints; ++point) {
+          attention::multiply<float, attention::Store::kScaled>(
+              {v + point * t.chunk * p.in_channels, p.in_channels, 1},
+              {p.weight + (point * t.panels + panel) * p.in_channels * kPanelColumns, kPanelColumns},
+              attention::kTileColumns<float>, {m + point * t.chunk * kPanelColumns, kPanelColumns}, tiles, columns,
+              p.in_channels);
+        }
+        for (int64_t i = 0; i < tiles; ++i) {
+          transform_output<T>(p, t, tile_at(t, first + i), m + i * kPanelColumns, panel * kPanelColumns, columns);
+        }
       }
-    });
-    parallel_for(tiles, kPoints * p.out_channels, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        transform_output<T>(p, t, tile_at(t, first + i), m + i * kPanelColumns);
-      }
-    });
-  }
+    }
+  });
 }
 
 }  // namespace
