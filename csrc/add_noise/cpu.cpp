@@ -1,13 +1,11 @@
-// Registers the CPU kernel of add_noise. The schema, and the checks that tell users what to pass instead, are in
-// imagen_fast/ops/add_noise.py; the checks here keep direct calls of the operator from reading out of bounds.
+// Registers the CPU kernel of add_noise.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <vector>
 
 #include "../common/cpu_capability.h"
-#include "../common/sample_views.h"
-#include "problem.h"
+#include "arguments.h"
 
 namespace imagen_fast {
 
@@ -16,25 +14,8 @@ IMAGEN_FAST_DECLARE_KERNEL(void add_noise_kernel(const add_noise::Problem&))
 namespace add_noise {
 namespace {
 
-constexpr const char* kName = "add_noise";
-
 Tensor run(const Tensor& x0, const Tensor& noise, const Tensor& alphas_cumprod, const Tensor& timesteps) {
-  Problem p{};
-  p.dtype = dtype_of(x0);
-  p.x0 = view_of(kName, "x0", x0);
-  p.noise = view_of(kName, "noise", noise);
-  bool alike = noise.dim() == x0.dim() && dtype_code(noise) == dtype_code(x0);
-  for (int64_t i = 0; alike && i < x0.dim(); ++i) alike = noise.size(i) == x0.size(i);
-  STD_TORCH_CHECK(alike, "add_noise: noise must have the shape and dtype of x0");
-  p.batch = x0.size(0);
-  p.channels = x0.size(1);
-  p.positions = count_positions(x0);
-  STD_TORCH_CHECK(
-      alphas_cumprod.dim() == 1 && alphas_cumprod.is_contiguous() && dtype_of(alphas_cumprod) == DType::kDouble,
-      "add_noise: alphas_cumprod must be (n,), contiguous, in float64");
-  STD_TORCH_CHECK(timesteps.dim() == 1 && timesteps.size(0) == p.batch && timesteps.is_contiguous() &&
-                      dtype_code(timesteps) == aoti_torch_dtype_int64(),
-                  "add_noise: timesteps must be (B,), contiguous, in int64");
+  Problem p = problem(x0, noise, alphas_cumprod, timesteps);
   Tensor y = uninitialized_like(x0);
   if (x0.numel() == 0) return y;
   p.y = mutable_view_of(kName, "x0", y);

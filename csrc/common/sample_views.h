@@ -44,6 +44,10 @@ inline MutableView mutable_view_of(const char* caller, const char* name, Tensor&
   return {x.mutable_data_ptr(), view.stride_b, view.stride_c, view.stride_p};
 }
 
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device() == b.get_device();
+}
+
 // Whether all channels of a sample are one row
 template <typename AnyView>
 inline bool is_flat(const AnyView& view, int64_t channels, int64_t positions) {

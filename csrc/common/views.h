@@ -22,7 +22,7 @@ struct MutableView {
 
 }  // namespace imagen_fast
 
-#ifdef IMAGEN_FAST_ISA
+#if defined(IMAGEN_FAST_ISA) && !defined(IMAGEN_FAST_EMULATED)
 #include "vec.h"
 
 namespace imagen_fast::IMAGEN_FAST_ISA {

@@ -59,14 +59,8 @@ def _check(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor 
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
-_LIBRARY.define(
-    "add_noise_cpu(Tensor x0, Tensor noise, Tensor alphas_cumprod, Tensor timesteps) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_cpu = torch.ops.imagen_fast.add_noise_cpu.default
 
 
-@torch.library.register_fake("imagen_fast::add_noise_cpu", lib=_LIBRARY)
 def _fake(x0: Tensor, *_: Any) -> Tensor:
     return x0.new_empty_strided(x0.shape, x0.stride())
 
@@ -96,9 +90,24 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx0, dnoise, dalphas, None
 
 
-torch.library.register_autograd(
-    "imagen_fast::add_noise_cpu", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
-)
+def _define(backend: str) -> Any:
+    """The operator of a backend that a library implements."""
+    name = f"add_noise_{backend}"
+    _LIBRARY.define(
+        f"{name}(Tensor x0, Tensor noise, Tensor alphas_cumprod, Tensor timesteps) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake(f"imagen_fast::{name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"imagen_fast::{name}", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
+    )
+    return getattr(torch.ops.imagen_fast, name).default
+
+
+_cpu = _define("cpu")
+_cuda = _define("cuda")
+# For tests: how the tensors are cut for the device; see csrc/add_noise/cuda.cu
+_LIBRARY.define("_add_noise_cuda_plan(Tensor x0, Tensor noise) -> int[]")
 
 
 @_triton.once
@@ -109,15 +118,19 @@ def _define_triton() -> None:
     )
 
 
-def _run_cpu(call: _Call) -> Tensor:
+def _arguments(call: _Call) -> tuple[Tensor, ...]:
+    """A call as the operators of the libraries take it."""
     x0, noise, alphas_cumprod, timesteps = call
-    y: Tensor = run_operator(
-        _cpu,
-        dense(x0),
-        dense(noise),
-        alphas_cumprod.double().contiguous(),
-        timesteps.long().contiguous(),
-    )
+    return dense(x0), dense(noise), alphas_cumprod.double().contiguous(), timesteps.long().contiguous()
+
+
+def _run_cpu(call: _Call) -> Tensor:
+    y: Tensor = run_operator(_cpu, *_arguments(call))
+    return y
+
+
+def _run_cuda(call: _Call) -> Tensor:
+    y: Tensor = run_operator(_cuda, *_arguments(call))
     return y
 
 
@@ -145,6 +158,7 @@ _OP = Op(
         Backend("eager", lambda call: eager_add_noise(*call)),
         Backend("cpu", _run_cpu, (dtypes("x0", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
         Backend("triton", _run_triton, (dtypes("x0", torch.float16, torch.bfloat16, torch.float32),)),
+        Backend("cuda", _run_cuda, (dtypes("x0", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     _notes,
 )
