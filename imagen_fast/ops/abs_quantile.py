@@ -11,7 +11,7 @@ al., "Photorealistic Text-to-Image Diffusion Models with Deep Language Understan
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +39,24 @@ def _check(x: Tensor, q: float) -> _Call:
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
-_LIBRARY.define("abs_quantile_cpu(Tensor x, float q) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_cpu = torch.ops.imagen_fast.abs_quantile_cpu.default
 
 
-@torch.library.register_fake("imagen_fast::abs_quantile_cpu", lib=_LIBRARY)
 def _fake(x: Tensor, q: float) -> Tensor:
     return x.new_empty(x.shape[:1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _define(backend: str) -> Any:
+    """The operator of a backend that a library implements."""
+    name = f"abs_quantile_{backend}"
+    _LIBRARY.define(f"{name}(Tensor x, float q) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"imagen_fast::{name}", _fake, lib=_LIBRARY)
+    return getattr(torch.ops.imagen_fast, name).default
+
+
+_cpu = _define("cpu")
+_cuda = _define("cuda")
+# For tests: who selects; see csrc/abs_quantile/cuda.cu
+_LIBRARY.define("_abs_quantile_cuda_plan(Tensor x) -> int[]")
 
 
 def _samples_are_dense(x: Tensor) -> bool:
@@ -64,6 +75,12 @@ def _samples_are_dense(x: Tensor) -> bool:
 def _run_cpu(call: _Call) -> Tensor:
     x, q = call
     result: Tensor = run_operator(_cpu, x if _samples_are_dense(x) else dense(x), q)
+    return result
+
+
+def _run_cuda(call: _Call) -> Tensor:
+    x, q = call
+    result: Tensor = run_operator(_cuda, x if _samples_are_dense(x) else dense(x), q)
     return result
 
 
@@ -95,6 +112,7 @@ _OP = Op(
             (dtypes("x", torch.float16, torch.bfloat16, torch.float32, torch.float64), no_gradient("x")),
         ),
         Backend("triton", _run_triton, (dtypes("x", torch.float16, torch.bfloat16, torch.float32), no_gradient("x"))),
+        Backend("cuda", _run_cuda, (dtypes("x", torch.float16, torch.bfloat16, torch.float32), no_gradient("x"))),
     ),
     _notes,
 )
