@@ -10,6 +10,7 @@
 // The words are those of every other backend, bit for bit; the normals are within 2 ulp of the formula.
 #pragma once
 
+#include "philox_constants.h"
 #include "vec.h"
 
 #if defined(__SSE2__)
@@ -61,13 +62,13 @@ IMAGEN_FAST_INLINE State words(NoiseStream stream, uint64_t e) {
   uint32_t k0 = static_cast<uint32_t>(stream.seed), k1 = static_cast<uint32_t>(stream.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Wide64 p0 = multiply(c0, 0xD2511F53u), p1 = multiply(c2, 0xCD9E8D57u);
+    const Wide64 p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
     c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
     c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
     c1 = p1;
     c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxKeyStep0;
+    k1 += kPhiloxKeyStep1;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -86,13 +87,9 @@ IMAGEN_FAST_INLINE Floats unsigned_to_float(Words w) {
 #endif
 }
 
-// As coefficients of log(1 + f) = f - f^2 / 2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], minimax to 1e-9;
-// of sin(2 pi r) = 2 pi r + r^3 P(r^2) and cos(2 pi r) = 1 + r^2 P(r^2) on [-1/8, 1/8], to 1e-10
-constexpr float kLog[] = {0.3333331346511841f,  -0.25000008940696716f, 0.2000211924314499f,
-                          -0.1666799634695053f, 0.14219552278518677f,  -0.1240558922290802f,
-                          0.11888162046670914f, -0.11675652861595154f, 0.06746642291545868f};
-constexpr float kSin[] = {-41.34170150756836f, 81.60520935058594f, -76.69837951660156f, 41.48757553100586f};
-constexpr float kCos[] = {-19.739208221435547f, 64.93932342529297f, -85.44374084472656f, 59.24596405029297f};
+constexpr float kLog[] = {IMAGEN_FAST_NORMAL_LOG};
+constexpr float kSin[] = {IMAGEN_FAST_NORMAL_SIN};
+constexpr float kCos[] = {IMAGEN_FAST_NORMAL_COS};
 constexpr double kTwoPi = 6.283185307179586;
 
 template <int kCount, typename V>
@@ -115,13 +112,13 @@ IMAGEN_FAST_INLINE Pair box_muller(Words for_radius, Words for_angle) {
   const auto floats = [](V value) { return bit_cast<Floats>(value.raw); };
 
   const Floats u = unsigned_to_float(for_radius) * 0x1p-32f + 0x1p-33f;
-  const SignedWords exponent = (SignedWords)((Words)u - 0x3f3504f3u) >> 23;
+  const SignedWords exponent = (SignedWords)((Words)u - kSqrtHalfBits) >> 23;
   const V n = vec(__builtin_convertvector(exponent, Floats));
   const V f = vec((Floats)((Words)u - ((Words)exponent << 23)) - 1.0f);
   const V f2 = f * f;
-  V tail = fma(n, V(-2.12194440e-4f), polynomial(kLog, f) * (f2 * f));
+  V tail = fma(n, V(kLn2Low), polynomial(kLog, f) * (f2 * f));
   tail = fma(f2, V(-0.5f), tail);
-  const V log_u = fma(n, V(0.693359375f), f + tail);
+  const V log_u = fma(n, V(kLn2High), f + tail);
   const Floats square = floats(log_u * V(-2.0f));
 #if defined(__AVX512F__)
   const V radius(_mm512_sqrt_ps((__m512)square));
@@ -136,8 +133,8 @@ IMAGEN_FAST_INLINE Pair box_muller(Words for_radius, Words for_angle) {
   const V p = polynomial(kCos, r2);
   const V cos_high = fma(r2, p, V(1.0f));
   const V cos_low = fma(r2, p, V(1.0f) - cos_high);
-  const V rest = r * fma(r2, polynomial(kSin, r2), V(-1.7484556025237907e-07f));
-  const V two_pi(6.2831854820251465f);
+  const V rest = r * fma(r2, polynomial(kSin, r2), V(kTwoPiLow));
+  const V two_pi(kTwoPiHigh);
   const V sin_high = fma(r, two_pi, rest);
   const V sin_low = fms(r, two_pi, sin_high) + rest;
   const Words cosine = (Words)floats(fma(radius, cos_high, radius * cos_low));
@@ -158,7 +155,7 @@ IMAGEN_FAST_INLINE Pair box_muller(Words for_radius, Words for_angle) {
     return p;
   };
   const Floats u = unsigned_to_float(for_radius) * 0x1p-32f + 0x1p-33f;
-  const SignedWords exponent = (SignedWords)((Words)u - 0x3f3504f3u) >> 23;
+  const SignedWords exponent = (SignedWords)((Words)u - kSqrtHalfBits) >> 23;
   const Floats mantissa = (Floats)((Words)u - ((Words)exponent << 23));
   const Floats turns = __builtin_convertvector((SignedWords)for_angle, Floats) * 0x1p-32f;
   Pair pair;

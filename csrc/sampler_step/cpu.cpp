@@ -1,5 +1,4 @@
-// Registers the CPU kernel of sampler_step. The schema, and the checks that tell users what to pass instead, are in
-// imagen_fast/ops/sampler_step.py; the checks here keep direct calls of the operator from reading out of bounds.
+// Registers the CPU kernel of sampler_step.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,8 +7,7 @@
 #include <tuple>
 
 #include "../common/cpu_capability.h"
-#include "../common/sample_views.h"
-#include "problem.h"
+#include "arguments.h"
 
 namespace imagen_fast {
 
@@ -19,45 +17,11 @@ IMAGEN_FAST_DECLARE_KERNEL(void sampler_step_noise(const sampler_step::NoiseTest
 namespace sampler_step {
 namespace {
 
-constexpr const char* kName = "sampler_step";
-constexpr int64_t kColumns = 10;
-
-// sample's shape and dtype, but for the number of channels, of which there must be `channels` or more
-void check_like(const Tensor& sample, const char* name, const Tensor& tensor, int64_t channels) {
-  bool alike = tensor.dim() == sample.dim() && tensor.size(1) >= channels;
-  for (int64_t i = 0; alike && i < sample.dim(); ++i) alike = i == 1 || tensor.size(i) == sample.size(i);
-  STD_TORCH_CHECK(alike, "sampler_step: ", name, " must have the shape of sample");
-  STD_TORCH_CHECK(dtype_code(tensor) == dtype_code(sample), "sampler_step: ", name, " must have the dtype of sample");
-}
-
-View optional_view(const Tensor& sample, const char* name, const std::optional<Tensor>& tensor) {
-  if (!tensor) return {};
-  check_like(sample, name, *tensor, sample.size(1));
-  return view_of(kName, name, *tensor);
-}
-
 // The table's row that index names, or no value if there is no such row
 std::optional<Row> read_row_of(const Tensor& rows, int64_t index) {
-  STD_TORCH_CHECK(
-      rows.dim() == 2 && rows.size(1) >= kColumns && rows.stride(1) == 1 && dtype_of(rows) == DType::kDouble,
-      "sampler_step: rows must be (steps, ", kColumns, ") in float64");
   if (index < 0 || index >= rows.size(0)) return std::nullopt;
   const double* v = static_cast<const double*>(rows.const_data_ptr()) + index * rows.stride(0);
   return Row{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]};
-}
-
-int64_t read_index(const Tensor& index) {
-  STD_TORCH_CHECK(index.numel() == 1 && dtype_code(index) == aoti_torch_dtype_int64(),
-                  "sampler_step: index must be one int64");
-  return *static_cast<const int64_t*>(index.const_data_ptr());
-}
-
-const int64_t* seed_data(const Step& s, const std::optional<Tensor>& seed) {
-  if (!seed) return nullptr;
-  STD_TORCH_CHECK(seed->dim() == 1 && seed->size(0) == s.batch && (s.batch <= 1 || seed->stride(0) == 1) &&
-                      dtype_code(*seed) == aoti_torch_dtype_int64(),
-                  "sampler_step: seed must be (B,), contiguous, in int64");
-  return static_cast<const int64_t*>(seed->const_data_ptr());
 }
 
 // Where every tensor has all channels of a sample in one row, they are treated as one channel.
@@ -79,36 +43,16 @@ std::tuple<Tensor, Tensor> step(const Tensor& sample, const Tensor& output,
                                 bool learned_variance, double guidance, double rescale, bool remove_parallel,
                                 int64_t threshold, double percentile, double min_value, double max_value,
                                 bool write_x0) {
-  Step s{};
-  s.dtype = dtype_of(sample);
-  s.sample = view_of(kName, "sample", sample);
-  s.batch = sample.size(0);
-  s.channels = sample.size(1);
-  s.positions = count_positions(sample);
+  const Options options{learned_variance, guidance,   rescale,   remove_parallel,
+                        threshold,        percentile, min_value, max_value};
+  Step s = make_step(sample, output, unconditional_output, previous_x0, noise, seed, rows, index, options);
   Tensor next = uninitialized_like(sample);
   const int64_t nothing[] = {0}, one[] = {1};
   Tensor x0 = write_x0 ? uninitialized_like(sample) : uninitialized({nothing, 1}, {one, 1}, dtype_code(sample));
-
-  check_like(sample, "output", output, learned_variance ? 2 * s.channels : s.channels);
-  s.output = view_of(kName, "output", output);
-  if (learned_variance) s.variance = view_of(kName, "output", output, s.channels);
-  s.unconditional = optional_view(sample, "unconditional_output", unconditional_output);
-  s.previous_x0 = optional_view(sample, "previous_x0", previous_x0);
-  s.noise = optional_view(sample, "noise", noise);
-  s.seed = seed_data(s, seed);
-  s.guidance = guidance;
-  s.rescale = rescale;
-  s.remove_parallel = remove_parallel;
-  STD_TORCH_CHECK(threshold >= 0 && threshold <= 2, "sampler_step: no threshold has the code ", threshold);
-  STD_TORCH_CHECK(threshold != 2 || (percentile >= 0 && percentile <= 1), "sampler_step: percentile must be in [0, 1]");
-  s.threshold = static_cast<Threshold>(threshold);
-  s.percentile = percentile;
-  s.min_value = min_value;
-  s.max_value = max_value;
   s.next = mutable_view_of(kName, "sample", next);
   if (write_x0) s.x0 = mutable_view_of(kName, "sample", x0);
 
-  const int64_t row_index = read_index(index);
+  const int64_t row_index = *static_cast<const int64_t*>(index.const_data_ptr());
   const auto row = read_row_of(rows, row_index);
   if (sample.numel() == 0) return {next, x0};
   if (!row) {

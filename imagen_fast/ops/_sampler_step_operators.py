@@ -60,10 +60,12 @@ def define_triton() -> None:
     _triton.define("sampler_step_triton", _triton.kernels("sampler_step").forward, fake=_fake)
 
 
-# For tests: the words (counters, 4) int32 and the normals (counters, 4) float32 of a stream's counters
-_LIBRARY.define(
-    "_philox_cpu(int seed, int row, int stage, int first_counter, int counters) -> (Tensor words, Tensor normals)"
-)
+# For tests: the words (counters, 4) int32 and the normals (counters, 4) float32 of a stream's counters; and who selects
+# the quantile of a sample's x0, see csrc/sampler_step/cuda.cu
+_STREAM = "int row, int stage, int first_counter, int counters) -> (Tensor words, Tensor normals)"
+_LIBRARY.define(f"_philox_cpu(int seed, {_STREAM}")
+_LIBRARY.define(f"_philox_cuda(Tensor seed, {_STREAM}")
+_LIBRARY.define("_sampler_step_cuda_plan(Tensor sample) -> int[]")
 
 
 def operator(backend: str) -> Any:

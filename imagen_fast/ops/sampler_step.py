@@ -231,10 +231,15 @@ def _arguments(call: _Call, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 _cpu = operator("cpu")
+_cuda = operator("cuda")
 
 
 def _run_cpu(call: _Call) -> tuple[Tensor, Tensor | None]:
     return _run_on(_cpu, call)
+
+
+def _run_cuda(call: _Call) -> tuple[Tensor, Tensor | None]:
+    return _run_on(_cuda, call)
 
 
 def _run_triton(call: _Call) -> tuple[Tensor, Tensor | None]:
@@ -279,6 +284,7 @@ _OP = Op(
             (dtypes("sample", torch.float16, torch.bfloat16, torch.float32, torch.float64), _NO_GRADIENT),
         ),
         Backend("triton", _run_triton, (dtypes("sample", torch.float16, torch.bfloat16, torch.float32), _NO_GRADIENT)),
+        Backend("cuda", _run_cuda, (dtypes("sample", torch.float16, torch.bfloat16, torch.float32), _NO_GRADIENT)),
     ),
     _notes,
 )

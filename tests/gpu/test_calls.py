@@ -14,4 +14,4 @@ def test_every_op_has_a_call_for_the_device() -> None:
 
 def test_the_rest_is_collected_where_there_is_a_device() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: test_every_op.py and test_large.py are not collected (make test-gpu runs them)")
+        pytest.skip("no CUDA device: the other files here are not collected (make test-gpu runs them)")

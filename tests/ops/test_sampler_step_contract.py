@@ -66,11 +66,37 @@ def test_nothing_is_read_back(backend: str, index: int | Tensor) -> None:
     threshold = DynamicThreshold(0.9)
     given = {"unconditional_output": unconditional, "guidance": Guidance(3.0, 0.5, True), "threshold": threshold}
     seed = torch.arange(2)
+    LEARNED.index(0, sample.device)  # which the table keeps from its first use on
     with Spy() as spy:
         ops.sampler_step(sample, output, LEARNED, index, seed=seed, **given)
     assert not [name for name in spy.names if "local_scalar" in name or "nonzero" in name]
     if backend == "cpu":
         assert spy.names == ["imagen_fast::sampler_step_cpu"]
+
+
+@pytest.mark.parametrize("table", [LEARNED, MULTISTEP], ids=["ddpm", "dpm"])
+def test_a_loop_that_counts_on_the_device_reads_nothing_back(backend: str, table: StepTable) -> None:
+    """As a graph captures it: the row is a tensor, and the steps are queued without looking at it."""
+    (start,) = images(3)
+    seed = torch.arange(2)
+
+    def sample(index: int | Tensor, x: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        output = torch.cat([0.9 * x, -x], dim=1)
+        threshold = DynamicThreshold(0.9, max_value=1.5)
+        return ops.sampler_step(x, output, table, index, previous_x0=x0, seed=seed, threshold=threshold)
+
+    expected, x0 = start, start
+    for i in range(len(table)):
+        expected, x0 = sample(i, expected, x0)
+        x0 = expected if x0 is None else x0
+    x, x0, index = start, start, torch.zeros((), dtype=torch.int64)
+    with Spy() as spy:
+        for _ in range(len(table)):
+            x, x0 = sample(index, x, x0)
+            x0 = x if x0 is None else x0
+            index += 1
+    assert not [name for name in spy.names if "local_scalar" in name or "nonzero" in name]
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_x0_is_returned_where_the_next_row_needs_it(backend: str) -> None:

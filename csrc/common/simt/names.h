@@ -30,6 +30,9 @@ struct alignas(16) float4 {
 struct alignas(8) int2 {
   int x, y;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
