@@ -1,12 +1,12 @@
 """Triton kernels of `imagen_fast.ops.sampler_step`: the launcher, which chooses between three ways.
 
-    tiles   Nothing is needed of a sample as a whole, or only sums for its guidance: one launch, in small tiles; before
-            it, where there are such sums, one for these.
-    whole   A sample is one program's: one launch, with the sums and the quantile of a dynamic threshold in it.
-    split   It does not: after the sums, if any, one launch predicts x0 and counts the first digit of the magnitudes'
-            keys, two count the others (`_quantile.py`), and one finds the quantile and does the rest. If the quantile
-            is of no consequence, because the threshold has no range, the tiles do all, and a second launch spoils the
-            samples in which there was a NaN.
+    tiles   Nothing is needed of a sample as a whole: one launch, in small tiles.
+    whole   One program has a sample: one launch, with the sums that guidance needs, and the quantile or the search for
+            NaN of a dynamic threshold, in it.
+    split   Several programs share a sample: after a launch for the sums, if any, one predicts x0 and counts the first
+            digit of the magnitudes' keys, two count the others (`_quantile.py`), and one finds the quantile and does
+            the rest. If the quantile is of no consequence, because the threshold has no range, the tiles do all, and a
+            second launch spoils the samples in which there was a NaN.
 
 Everything is deterministic, and a sample's result does not depend on its batch: how it is cut depends on its shape and
 the device alone, sums have one order, and counts are integers.
