@@ -260,8 +260,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "assigned state": lambda layer: layer.load_state_dict(
         {k: v + 1 for k, v in layer.state_dict().items()}, assign=True
     ),
-    "in place": lambda layer: layer.weight[0, 0].add_(1),
-    "bias in place": lambda layer: layer.bias[2].add_(1),
+    "in place": lambda layer: layer.weight[1, 3].add_(1),  # which is not among the numbers that are compared
+    "bias in place": lambda layer: layer.bias[10].add_(1),
     "new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight + 1)),
     "new data": lambda layer: setattr(layer.weight, "data", layer.weight.data + 1),
     "hidden, all numbers": lambda layer: layer.weight.data.add_(0.01),
