@@ -31,6 +31,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import _cuda, _native, _triton
+from ._autograd import run_operator as run_operator  # what an op's module needs stands here
 from ._tracing import traced_as_constant
 from .errors import UserError
 
@@ -291,18 +292,6 @@ class Op(Generic[Call]):
         backend, reason = self._decide(call)
         chosen, error = (None, reason) if backend is None else (backend.name, None)
         return Explanation(self.name, chosen, _state.selection.backend, reasons, tuple(self.notes(call)), error)
-
-
-def run_operator(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an operator whose autograd formula is in Python, without the cost of that where no gradient is asked for.
-
-    With `register_autograd` every call outside of inference mode goes from the dispatcher to Python and back, 5 to 10
-    microseconds, only to find there that no argument requires a gradient.
-    """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-        return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
 
 
 @traced_as_constant

@@ -64,7 +64,7 @@ def cases() -> Iterator[Case]:
     yield from _grid(_Sizes(2, 44, 64, 77, 64), common, FORWARD)
     yield from _grid(_Sizes(2, 8, 1024, 2, 1024, kv_heads=1, form="normalized"), common, FORWARD)
     yield from _grid(_Sizes(2, 8, 256, 77, 256, width=128), (BF16,), FORWARD)
-    yield from _grid(_Sizes(1, 4, 16, 7, 16), common, FORWARD, tags={"overhead"})
+    yield from _grid(_Sizes(1, 4, 16, 7, 16), common, BOTH, tags={"overhead"})
 
 
 def _grid(

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton
+from .._autograd import register_autograd, run_operator
 from ..layout import has_dense_rows
 from ..reference.attention import heads_are_inner
 
@@ -101,7 +102,7 @@ def differentiate(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor | 
     def formula(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
         needs = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if ctx.needs_input_grad[i])
-        gradients = backward(with_dense_rows(dout), out, lse, *tensors, ctx.scale, needs)
+        gradients = run_operator(backward, with_dense_rows(dout), out, lse, *tensors, ctx.scale, needs)
         result: list[Tensor | None] = [None] * _COUNT
         for bit, (i, gradient) in enumerate(zip(_DIFFERENTIABLE, gradients, strict=True)):
             result[i] = gradient if needs >> bit & 1 else None
@@ -148,7 +149,7 @@ def define_triton(library: torch.library.Library) -> None:
 
 def _register_autograd(library: torch.library.Library, backend: str) -> None:
     forward, backward = f"attention_{backend}", f"attention_backward_{backend}"
-    torch.library.register_autograd(
+    register_autograd(
         f"imagen_fast::{forward}",
         differentiate(getattr(torch.ops.imagen_fast, backward).default),
         setup_context=save_for_backward,

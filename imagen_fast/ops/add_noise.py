@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from ..backends import Backend, Op, dtypes, run_operator
+from .._autograd import register_autograd, run_operator
+from ..backends import Backend, Op, dtypes
 from ..layout import dense, is_dense
 from ..reference.add_noise import add_noise as eager_add_noise
 from . import _checks
@@ -98,9 +99,7 @@ def _define(backend: str) -> Any:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     torch.library.register_fake(f"imagen_fast::{name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"imagen_fast::{name}", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
-    )
+    register_autograd(f"imagen_fast::{name}", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
     return getattr(torch.ops.imagen_fast, name).default
 
 
@@ -113,9 +112,7 @@ _LIBRARY.define("_add_noise_cuda_plan(Tensor x0, Tensor noise) -> int[]")
 @_triton.once
 def _define_triton() -> None:
     _triton.define("add_noise_triton", _triton.kernels("add_noise").forward, fake=_fake)
-    torch.library.register_autograd(
-        "imagen_fast::add_noise_triton", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
-    )
+    register_autograd("imagen_fast::add_noise_triton", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
 
 
 def _arguments(call: _Call) -> tuple[Tensor, ...]:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from ..backends import Backend, Op, dtypes, run_operator
+from .._autograd import run_operator
+from ..backends import Backend, Op, dtypes
 from ..layout import has_dense_rows
 from ..reference.attention import RelativePositionBias
 from ..reference.attention import attention as eager_attention

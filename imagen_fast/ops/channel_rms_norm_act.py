@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from ..backends import Backend, Op, dtypes, run_operator
+from .._autograd import register_autograd, run_operator
+from ..backends import Backend, Op, dtypes
 from ..layout import dense, dense_like
 from ..reference.channel_rms_norm_act import channel_rms_norm_act as eager_channel_rms_norm_act
 from . import _norms
@@ -97,7 +98,9 @@ def _register_autograd(backend: str) -> None:
     def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, rstd, weight, scale, shift = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
-        gradients = backward(dense_like(dy, x), x, rstd, weight, scale, shift, ctx.activation, _norms.bits(needed))
+        gradients = run_operator(
+            backward, dense_like(dy, x), x, rstd, weight, scale, shift, ctx.activation, _norms.bits(needed)
+        )
         return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
 
     def no_second_derivative(ctx: Any, *_: Any) -> None:
@@ -107,7 +110,7 @@ def _register_autograd(backend: str) -> None:
         )
 
     operator, library = f"imagen_fast::channel_rms_norm_act_{backend}", _LIBRARY
-    torch.library.register_autograd(operator, differentiate, setup_context=_save_for_backward, lib=library)
+    register_autograd(operator, differentiate, setup_context=_save_for_backward, lib=library)
     operator = f"imagen_fast::channel_rms_norm_act_backward_{backend}"
     torch.library.register_autograd(operator, no_second_derivative, lib=library)
 

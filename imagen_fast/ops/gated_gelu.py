@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Op, run_operator
+from .._autograd import register_autograd, run_operator
+from ..backends import Backend, Op
 from ..layout import empty_rows_like, is_rows, rows
 from ..reference.gated_gelu import gated_gelu as eager_gated_gelu
 from . import _checks
@@ -70,7 +71,7 @@ def _differentiate(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor |
     def formula(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, value = ctx.saved_tensors
         need_gate, need_value, _ = ctx.needs_input_grad
-        dgate, dvalue = backward(rows(dy), gate, value, ctx.tanh, need_gate + 2 * need_value)
+        dgate, dvalue = run_operator(backward, rows(dy), gate, value, ctx.tanh, need_gate + 2 * need_value)
         return dgate if need_gate else None, dvalue if need_value else None, None
 
     return formula
@@ -96,7 +97,7 @@ def _define(backend: str) -> Callable[..., Any]:
     )
     torch.library.register_fake(f"imagen_fast::{forward}", _fake_forward, lib=_LIBRARY)
     torch.library.register_fake(f"imagen_fast::{backward}", _fake_backward, lib=_LIBRARY)
-    torch.library.register_autograd(
+    register_autograd(
         f"imagen_fast::{forward}",
         _differentiate(getattr(torch.ops.imagen_fast, backward).default),
         setup_context=_save_for_backward,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import _triton
-from ..backends import Backend, Op, dtypes, run_operator
+from .._autograd import register_autograd, run_operator
+from ..backends import Backend, Op, dtypes
 from ..layout import dense, dense_like
 from ..reference.group_norm_act import group_norm_act as eager_group_norm_act
 from . import _checks, _norms
@@ -117,9 +118,8 @@ def _register_autograd(backend: str) -> None:
         need_x, _, *need_parameters = ctx.needs_input_grad[:6]
         needed = (need_x, *need_parameters)
         parameters = (weight, bias, scale, shift)
-        gradients = backward(
-            dense_like(dy, x), x, *statistics, ctx.num_groups, *parameters, ctx.activation, _norms.bits(needed)
-        )
+        settings = (ctx.num_groups, *parameters, ctx.activation, _norms.bits(needed))
+        gradients = run_operator(backward, dense_like(dy, x), x, *statistics, *settings)
         dx, *rest = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
         return dx, None, *rest, None, None
 
@@ -130,7 +130,7 @@ def _register_autograd(backend: str) -> None:
         )
 
     operator, library = f"imagen_fast::group_norm_act_{backend}", _LIBRARY
-    torch.library.register_autograd(operator, differentiate, setup_context=_save_for_backward, lib=library)
+    register_autograd(operator, differentiate, setup_context=_save_for_backward, lib=library)
     operator = f"imagen_fast::group_norm_act_backward_{backend}"
     torch.library.register_autograd(operator, no_second_derivative, lib=library)
 

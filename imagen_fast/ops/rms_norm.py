@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Op, run_operator
+from .._autograd import register_autograd, run_operator
+from ..backends import Backend, Op
 from ..layout import empty_rows_like, is_rows, rows
 from ..reference.rms_norm import rms_norm as eager_rms_norm
 from . import _checks
@@ -85,7 +86,8 @@ def _differentiate(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor |
         if dy is None:
             return dsum if need_x else None, None, dsum if need_residual else None, None
         needs = (need_x or need_residual) + 2 * need_weight
-        dx, dweight = backward(rows(dy), None if dsum is None else rows(dsum), x, rstd, weight, needs)
+        dsum = None if dsum is None else rows(dsum)
+        dx, dweight = run_operator(backward, rows(dy), dsum, x, rstd, weight, needs)
         return dx if need_x else None, dweight if need_weight else None, dx if need_residual else None, None
 
     return formula
@@ -115,7 +117,7 @@ def _define(backend: str) -> Callable[..., Any]:
     )
     torch.library.register_fake(f"imagen_fast::{forward}", _fake_forward, lib=_LIBRARY)
     torch.library.register_fake(f"imagen_fast::{backward}", _fake_backward, lib=_LIBRARY)
-    torch.library.register_autograd(
+    register_autograd(
         f"imagen_fast::{forward}",
         _differentiate(getattr(torch.ops.imagen_fast, backward).default),
         setup_context=_save_for_backward,
