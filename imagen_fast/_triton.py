@@ -19,7 +19,7 @@ Inductor compiles them), in Triton's interpreter (`TRITON_INTERPRET=1`, tensors 
 what it would launch on a device that is not there, under `record`.
 
 How a kernel is launched (warps, tile sizes) is data: `kernels/triton/<op>.json`, see `Configurations`. Nothing is
-autotuned at run time.
+autotuned at run time: `imagen-fast tune` writes the tables.
 """
 
 from __future__ import annotations
@@ -217,12 +217,17 @@ class Configurations:
     """
 
     def __init__(self, op: str) -> None:
-        folder = Path(importlib.import_module(f"{__package__}.kernels").__file__ or "").parent
-        self.table: dict[str, dict[str, list[dict[str, Any]]]] = json.loads((folder / f"{op}.json").read_text())
+        file = self.folder() / f"{op}.json"
+        self.table: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(file.read_text())
+
+    @staticmethod
+    def folder() -> Path:
+        """Where the tables are."""
+        return Path(importlib.import_module(f"{__package__}.kernels").__file__ or "").parent
 
     def find(self, kind: str, device: Device, size: int = 0) -> dict[str, Any] | None:
         """The row for a launch of this kind and size, or None if the table has none so large."""
-        return next((row for row in self._rows(kind, device) if "up_to" not in row or size <= row["up_to"]), None)
+        return next((row for row in self.rows(kind, device) if "up_to" not in row or size <= row["up_to"]), None)
 
     def __getitem__(self, where: tuple[str, Device]) -> dict[str, Any]:
         """The one row of a kind that does not depend on the size."""
@@ -230,7 +235,8 @@ class Configurations:
         assert row is not None, f"no launch configuration {where[0]!r} for {where[1]}"
         return row
 
-    def _rows(self, kind: str, device: Device) -> list[dict[str, Any]]:
+    def rows(self, kind: str, device: Device) -> list[dict[str, Any]]:
+        """The rows of a kind that serve a device."""
         by_architecture = self.table[kind]
         beginnings = [name for name in by_architecture if device.architecture.startswith(name)]
         return by_architecture[max(beginnings, key=len, default="default")]

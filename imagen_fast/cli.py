@@ -188,6 +188,18 @@ def _bench(args: argparse.Namespace) -> int | None:
     return bench(args)
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    from .tune import add_arguments
+
+    add_arguments(parser)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from .tune import main as tune
+
+    tune(args)
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=("emoji",), help="which data set: emoji, with English and Chinese captions")
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
@@ -279,6 +291,7 @@ COMMANDS = {
     ),
     "env": Command("show machine, versions and backends; for a missing backend, why", _add_env, _env),
     "bench": Command("time the kernels against PyTorch and the limits of the machine", _add_bench, _bench),
+    "tune": Command("find launch configurations of the Triton kernels on this machine's GPU", _add_tune, _tune),
     "data": Command("build a data set to train on", _add_data, _data),
     "train": Command("train a stage of a model from a configuration", _add_train, _train),
     "assemble": Command("make a model of trained stages", _add_assemble, _assemble),
