@@ -64,6 +64,7 @@ WAYS = {
     "nchw-tiles": Case(SMALL, (2, 10, 47, 56), False, {"resident": 1, "vector": 8, "blocks": 6, "tiles": 2}),
     "nchw-tiles-elements": Case(SMALL, (1, 5, 19, 31), False, {"vector": 1, "blocks": 7, "tiles": 3}),
     "nchw-one-block": Case(LARGE, (2, 40, 3, 8), False, {"vector": 8, "blocks": 1}),
+    "nchw-many-blocks": Case(LARGE, (1, 40, 24, 24), False, {"vector": 8, "blocks": 18, "tiles": 1}),
     "nchw-many-channels": Case(SMALL, (1, 2309, 3, 8), False, {"resident": 0, "vector": 8}),
     "nhwc": Case(LARGE, (2, 48, 9, 7), True, {"resident": 1, "vector": 8, "lanes": 8, "tiles": 1}),
     "nhwc-elements": Case(LARGE, (2, 45, 9, 7), True, {"resident": 1, "vector": 1, "lanes": 32, "tiles": 1}),
@@ -153,7 +154,7 @@ def test_result_does_not_depend_on_the_batch(way: str, emulator: Emulator) -> No
     assert torch.equal(ops.channel_rms_norm_act(batch, **repeated)[n : 2 * n], alone)
 
 
-@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("batch", [0, 1, 9])
 @pytest.mark.parametrize("device", [LARGE, SMALL], ids=["large", "small"])
 def test_batches(batch: int, device: dict[str, int], emulator: Emulator) -> None:
     emulator(**device)
