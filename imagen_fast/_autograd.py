@@ -31,7 +31,7 @@ def register_autograd(
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(formula)}
-    _functions[operator] = type(f"BackwardOf_{plain}", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+    _functions[operator] = type(plain, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
 
 def run_operator(operator: Callable[..., Any], *arguments: Any) -> Any:
