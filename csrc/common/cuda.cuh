@@ -14,6 +14,7 @@
 //   Copies to shared memory   copy_async_16, copy_async_commit, copy_async_wait<groups in flight>
 //   Matrices                  ldmatrix_x4, ldmatrix_x4_transposed, ldmatrix_x2, ldmatrix_x2_transposed, mma_m16n8k16<T>
 //   Arithmetic                fast_exp2, fast_rcp, fast_rsqrt
+//   Registers                 opaque
 //   Numbers (cuda_numbers.cuh)   to_float, from_float<T>, pack2<T>, unpack2<T>
 //   Memory (cuda_memory.cuh)     Vector<T, N>, load, store, and their streaming forms
 //   Below                     thread_rank, warp_rank, lane, shuffles of any type, warp_reduce, block_reduce

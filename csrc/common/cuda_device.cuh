@@ -152,6 +152,15 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// ---- Registers
+
+// x, of which the compiler forgets where it came from: so it computes what follows from x where that is used, instead
+// of keeping it in registers throughout a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Arithmetic of the special function unit: a relative error of about 2^-22, subnormals are zero
 
 __device__ __forceinline__ float fast_exp2(float x) {

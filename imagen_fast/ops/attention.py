@@ -184,6 +184,7 @@ def _check_scale(scale: float | None) -> None:
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
+_LIBRARY.define("_attention_cuda_plan(Tensor q, Tensor k, Tensor? table, Tensor? buckets) -> int[]")
 _forward = {backend: define(_LIBRARY, backend) for backend in ("cpu", "cuda")}
 
 
@@ -236,6 +237,10 @@ def _run_cpu(call: _Call) -> Tensor:
     return run_operator(_forward["cpu"], *_operator_arguments(call))[0]
 
 
+def _run_cuda(call: _Call) -> Tensor:
+    return run_operator(_forward["cuda"], *_operator_arguments(call))[0]
+
+
 def _notes(call: _Call) -> list[str]:
     return [
         f"{name} will be copied: its last dimension is not dense"
@@ -261,6 +266,7 @@ _OP = Op(
         Backend("eager", _run_eager),
         Backend("cpu", _run_cpu, (dtypes("q", torch.float16, torch.bfloat16, torch.float32, torch.float64),)),
         Backend("triton", _run_triton, (dtypes("q", torch.float16, torch.bfloat16, torch.float32),)),
+        Backend("cuda", _run_cuda, (dtypes("q", torch.float16, torch.bfloat16, torch.float32),)),
     ),
     _notes,
 )

@@ -320,6 +320,8 @@ def call(*tensors: Tensor, form: str) -> Tensor:
 
 @pytest.mark.parametrize("form", ["none", "bias", "table"])
 def test_gradcheck(kernel: str, form: str) -> None:
+    if kernel in ("cuda", "triton"):
+        pytest.skip("kernels for the GPU take no float64")
     assert torch.autograd.gradcheck(lambda *t: call(*t, form=form), double_arguments(form), fast_mode=True)
 
 

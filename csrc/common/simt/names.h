@@ -170,6 +170,8 @@ inline void __stcg(T* p, T value) {
 
 namespace imagen_fast {
 
+inline int opaque(int x) { return x; }
+
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_rcp(float x) { return 1 / x; }
 inline float fast_rsqrt(float x) { return rsqrtf(x); }
