@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _triton
 from .._autograd import register_autograd, run_operator
-from ..backends import Backend, Op
+from ..backends import Backend, Op, dtypes
 from ..layout import empty_rows_like, is_rows, rows
 from ..reference.gated_gelu import gated_gelu as eager_gated_gelu
 from . import _checks
@@ -87,7 +88,19 @@ def _no_second_derivative(backend: str) -> Callable[..., None]:
     return formula
 
 
-def _define(backend: str) -> Callable[..., Any]:
+def _register_autograd(backend: str) -> None:
+    forward, backward = f"gated_gelu_{backend}", f"gated_gelu_backward_{backend}"
+    register_autograd(
+        f"imagen_fast::{forward}",
+        _differentiate(getattr(torch.ops.imagen_fast, backward).default),
+        setup_context=_save_for_backward,
+        lib=_LIBRARY,
+    )
+    torch.library.register_autograd(f"imagen_fast::{backward}", _no_second_derivative(backend), lib=_LIBRARY)
+
+
+def _define(backend: str) -> None:
+    """The operators of a backend that a library implements."""
     forward, backward = f"gated_gelu_{backend}", f"gated_gelu_backward_{backend}"
     tags = (torch.Tag.pt2_compliant_tag,)
     _LIBRARY.define(f"{forward}(Tensor gate, Tensor? value, bool tanh) -> Tensor", tags=tags)
@@ -97,28 +110,45 @@ def _define(backend: str) -> Callable[..., Any]:
     )
     torch.library.register_fake(f"imagen_fast::{forward}", _fake_forward, lib=_LIBRARY)
     torch.library.register_fake(f"imagen_fast::{backward}", _fake_backward, lib=_LIBRARY)
-    register_autograd(
-        f"imagen_fast::{forward}",
-        _differentiate(getattr(torch.ops.imagen_fast, backward).default),
-        setup_context=_save_for_backward,
-        lib=_LIBRARY,
-    )
-    torch.library.register_autograd(f"imagen_fast::{backward}", _no_second_derivative(backend), lib=_LIBRARY)
-    return getattr(torch.ops.imagen_fast, forward).default
+    _register_autograd(backend)
 
 
-_forward = {backend: _define(backend) for backend in ("cpu", "cuda")}
+_define("cpu")
+_define("cuda")
+# For tests: how the rows are cut for the device; see csrc/gated_gelu/cuda.cu
+_LIBRARY.define("_gated_gelu_cuda_plan(Tensor gate, Tensor? value) -> int[]")
 
 
-def _run(backend: str) -> Callable[[_Call], Tensor]:
-    forward = _forward[backend]
+@_triton.once
+def _define_triton() -> None:
+    """The operators of Triton's backend."""
+    kernels = _triton.kernels("gated_gelu")
+    _triton.define("gated_gelu_triton", kernels.forward, fake=_fake_forward)
+    _triton.define("gated_gelu_backward_triton", kernels.backward, fake=_fake_backward)
+    _register_autograd("triton")
 
-    def run(call: _Call) -> Tensor:
-        gate, value, approximate = call
-        y = run_operator(forward, rows(gate), None if value is None else rows(value), approximate == "tanh")
-        return y if gate.dim() == 3 else y.view(*gate.shape[:-1], y.shape[2])
 
-    return run
+def _run(forward: Callable[..., Any], call: _Call) -> Tensor:
+    gate, value, approximate = call
+    y = run_operator(forward, rows(gate), None if value is None else rows(value), approximate == "tanh")
+    return y if gate.dim() == 3 else y.view(*gate.shape[:-1], y.shape[2])
+
+
+def _run_eager(call: _Call) -> Tensor:
+    return eager_gated_gelu(*call)
+
+
+def _run_cpu(call: _Call) -> Tensor:
+    return _run(torch.ops.imagen_fast.gated_gelu_cpu.default, call)
+
+
+def _run_cuda(call: _Call) -> Tensor:
+    return _run(torch.ops.imagen_fast.gated_gelu_cuda.default, call)
+
+
+def _run_triton(call: _Call) -> Tensor:
+    _define_triton()
+    return _run(torch.ops.imagen_fast.gated_gelu_triton.default, call)
 
 
 def _notes(call: _Call) -> list[str]:
@@ -132,7 +162,12 @@ def _notes(call: _Call) -> list[str]:
 _OP = Op(
     "gated_gelu",
     _check,
-    (Backend("eager", lambda call: eager_gated_gelu(*call)), Backend("cpu", _run("cpu"))),
+    (
+        Backend("eager", _run_eager),
+        Backend("cpu", _run_cpu),
+        Backend("triton", _run_triton, (dtypes("gate", torch.float16, torch.bfloat16, torch.float32),)),
+        Backend("cuda", _run_cuda, (dtypes("gate", torch.float16, torch.bfloat16, torch.float32),)),
+    ),
     _notes,
 )
 
