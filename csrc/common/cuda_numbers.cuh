@@ -39,12 +39,20 @@ __device__ __forceinline__ float2 unpack2(uint32_t packed) {
   return float2{to_float(pair[0]), to_float(pair[1])};
 }
 
-// One element of a tensor whose type is known at run time alone: for parameters, of which a thread reads few
+// One element of a tensor whose type is known at run time alone: for parameters, of which a thread takes few
 __device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
     case DType::kHalf: return to_float(static_cast<const __half*>(data)[index]);
     case DType::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
     default: return static_cast<const float*>(data)[index];
+  }
+}
+
+__device__ __forceinline__ void store_float(void* data, DType dtype, int64_t index, float value) {
+  switch (dtype) {
+    case DType::kHalf: static_cast<__half*>(data)[index] = from_float<__half>(value); return;
+    case DType::kBFloat16: static_cast<__nv_bfloat16*>(data)[index] = from_float<__nv_bfloat16>(value); return;
+    default: static_cast<float*>(data)[index] = value; return;
   }
 }
 

@@ -14,11 +14,7 @@ __device__ __forceinline__ float read_parameter(const Parameter& parameter, int6
 }
 
 __device__ __forceinline__ void write_gradient(const ParameterGradient& gradient, int64_t i, float value) {
-  switch (gradient.dtype) {
-    case DType::kHalf: static_cast<__half*>(gradient.data)[i] = from_float<__half>(value); return;
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(gradient.data)[i] = from_float<__nv_bfloat16>(value); return;
-    default: static_cast<float*>(gradient.data)[i] = value; return;
-  }
+  store_float(gradient.data, gradient.dtype, i, value);
 }
 
 // t = xhat * multiplier + offset

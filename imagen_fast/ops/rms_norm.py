@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from .. import _triton
 from .._autograd import register_autograd, run_operator
-from ..backends import Backend, Op
+from ..backends import Backend, Op, dtypes
 from ..layout import empty_rows_like, is_rows, rows
 from ..reference.rms_norm import rms_norm as eager_rms_norm
 from . import _checks
@@ -103,7 +104,19 @@ def _no_second_derivative(backend: str) -> Callable[..., None]:
     return formula
 
 
-def _define(backend: str) -> Callable[..., Any]:
+def _register_autograd(backend: str) -> None:
+    forward, backward = f"rms_norm_{backend}", f"rms_norm_backward_{backend}"
+    register_autograd(
+        f"imagen_fast::{forward}",
+        _differentiate(getattr(torch.ops.imagen_fast, backward).default),
+        setup_context=_save_for_backward,
+        lib=_LIBRARY,
+    )
+    torch.library.register_autograd(f"imagen_fast::{backward}", _no_second_derivative(backend), lib=_LIBRARY)
+
+
+def _define(backend: str) -> None:
+    """The operators of a backend that a library implements."""
     forward, backward = f"rms_norm_{backend}", f"rms_norm_backward_{backend}"
     tags = (torch.Tag.pt2_compliant_tag,)
     _LIBRARY.define(
@@ -117,17 +130,32 @@ def _define(backend: str) -> Callable[..., Any]:
     )
     torch.library.register_fake(f"imagen_fast::{forward}", _fake_forward, lib=_LIBRARY)
     torch.library.register_fake(f"imagen_fast::{backward}", _fake_backward, lib=_LIBRARY)
-    register_autograd(
-        f"imagen_fast::{forward}",
-        _differentiate(getattr(torch.ops.imagen_fast, backward).default),
-        setup_context=_save_for_backward,
-        lib=_LIBRARY,
-    )
-    torch.library.register_autograd(f"imagen_fast::{backward}", _no_second_derivative(backend), lib=_LIBRARY)
-    return getattr(torch.ops.imagen_fast, forward).default
+    _register_autograd(backend)
 
 
-_forward = {backend: _define(backend) for backend in ("cpu", "cuda")}
+_define("cpu")
+_define("cuda")
+# For tests: how the rows are cut for the device; see csrc/rms_norm/cuda.cu
+_LIBRARY.define("_rms_norm_cuda_plan(Tensor x, Tensor weight) -> int[]")
+
+
+@_triton.once
+def _define_triton() -> None:
+    """The operators of Triton's backend."""
+    kernels = _triton.kernels("rms_norm")
+    _triton.define("rms_norm_triton", kernels.forward, fake=_fake_forward)
+    _triton.define("rms_norm_backward_triton", kernels.backward, fake=_fake_backward)
+    _register_autograd("triton")
+
+
+def _run(forward: Callable[..., Any], call: _Call) -> Tensor | tuple[Tensor, Tensor]:
+    x, weight, residual, eps = call
+    residual_rows = None if residual is None else rows(residual)
+    y, summed, _ = run_operator(forward, rows(x), weight.contiguous(), residual_rows, float(eps))
+    if x.dim() != 3:
+        y = y.view(x.shape)
+        summed = summed if residual is None else summed.view(x.shape)
+    return y if residual is None else (y, summed)
 
 
 def _run_eager(call: _Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -135,19 +163,17 @@ def _run_eager(call: _Call) -> Tensor | tuple[Tensor, Tensor]:
     return eager_rms_norm(x, weight, residual=residual, eps=eps)
 
 
-def _run(backend: str) -> Callable[[_Call], Tensor | tuple[Tensor, Tensor]]:
-    forward = _forward[backend]
+def _run_cpu(call: _Call) -> Tensor | tuple[Tensor, Tensor]:
+    return _run(torch.ops.imagen_fast.rms_norm_cpu.default, call)
 
-    def run(call: _Call) -> Tensor | tuple[Tensor, Tensor]:
-        x, weight, residual, eps = call
-        residual_rows = None if residual is None else rows(residual)
-        y, summed, _ = run_operator(forward, rows(x), weight.contiguous(), residual_rows, float(eps))
-        if x.dim() != 3:
-            y = y.view(x.shape)
-            summed = summed if residual is None else summed.view(x.shape)
-        return y if residual is None else (y, summed)
 
-    return run
+def _run_cuda(call: _Call) -> Tensor | tuple[Tensor, Tensor]:
+    return _run(torch.ops.imagen_fast.rms_norm_cuda.default, call)
+
+
+def _run_triton(call: _Call) -> Tensor | tuple[Tensor, Tensor]:
+    _define_triton()
+    return _run(torch.ops.imagen_fast.rms_norm_triton.default, call)
 
 
 def _notes(call: _Call) -> list[str]:
@@ -158,7 +184,17 @@ def _notes(call: _Call) -> list[str]:
     ]
 
 
-_OP = Op("rms_norm", _check, (Backend("eager", _run_eager), Backend("cpu", _run("cpu"))), _notes)
+_OP = Op(
+    "rms_norm",
+    _check,
+    (
+        Backend("eager", _run_eager),
+        Backend("cpu", _run_cpu),
+        Backend("triton", _run_triton, (dtypes("x", torch.float16, torch.bfloat16, torch.float32),)),
+        Backend("cuda", _run_cuda, (dtypes("x", torch.float16, torch.bfloat16, torch.float32),)),
+    ),
+    _notes,
+)
 
 
 @overload
