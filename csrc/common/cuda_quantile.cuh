@@ -67,7 +67,8 @@ struct SelectorMemory {
   Count warp_sums[kSelectThreads / kWarpSize];
   // What `find` says to all threads
   Count before;
-  int digit, next_digit;
+  int digit;
+  int next_digit;  // of the last pass
   bool has_nan;
 };
 
@@ -151,7 +152,7 @@ class Selector {
       if (lane() >= offset) up_to += other;
     }
     if (lane() == kWarpSize - 1) memory_.warp_sums[warp_rank()] = up_to;
-    if (threadIdx.x == 0) memory_.next_digit = digits_of(pass);
+    if (pass == 2 && threadIdx.x == 0) memory_.next_digit = digits_of(pass);
     __syncthreads();
     Count before = up_to - sum;
     for (int warp = 0; warp < warp_rank(); ++warp) before += memory_.warp_sums[warp];
@@ -161,7 +162,7 @@ class Selector {
         memory_.digit = first + k;
         memory_.before = before;
       }
-      if (before <= rank_ + 1 && rank_ + 1 < before + count[k]) memory_.next_digit = first + k;
+      if (pass == 2 && before <= rank_ + 1 && rank_ + 1 < before + count[k]) memory_.next_digit = first + k;
       if (pass == 0 && first + k == kNanDigit) memory_.has_nan = count[k] > 0;
       before += count[k];
     }
@@ -170,7 +171,9 @@ class Selector {
     const uint32_t known = pass == 0 ? 0 : prefix_ * digits_of(pass);
     prefix_ = known + static_cast<uint32_t>(memory_.digit);
     rank_ -= memory_.before;
-    next_ = memory_.next_digit < digits_of(pass) ? known + static_cast<uint32_t>(memory_.next_digit) : kNoKey;
+    if constexpr (pass == 2) {
+      next_ = memory_.next_digit < digits_of(pass) ? known + static_cast<uint32_t>(memory_.next_digit) : kNoKey;
+    }
   }
 
   // No block of the team reads another's counts any more.
