@@ -54,6 +54,7 @@ inline RelativeBias relative_bias(const Problem& p, const Optional& table, const
   STD_TORCH_CHECK(!p.bias.data, "attention: a table and a bias exclude each other");
   STD_TORCH_CHECK(table->dim() == 2 && table->size(1) == p.q_heads && table->is_contiguous(),
                   "attention: table must be (rows, ", p.q_heads, ") and contiguous");
+  STD_TORCH_CHECK(table->size(0) > 0, "attention: table must have rows");
   const int64_t diagonals = std::max<int64_t>(p.queries + p.own - 1, 0);
   STD_TORCH_CHECK(buckets && has_sizes(*buckets, {diagonals}) && buckets->is_contiguous() &&
                       buckets->scalar_type() == torch::headeronly::ScalarType::Int,
