@@ -3,7 +3,7 @@
 # once, and a change to the C++ sources compiles only what changed.
 #
 #   make demo    four pictures from sentences, eager and accelerated: out/demo.png and a table
-#   make test    the tests             (one file: make test ARGS=tests/test_cli.py)
+#   make test    the tests, in two processes (one file, in one: make test ARGS=tests/test_cli.py)
 #   make lint    ruff, mypy, clang-format
 #   make bench   the benchmarks, to out/bench (one op: make bench ARGS="--op group_norm_act")
 #   make test-gpu, make bench-gpu   the same on a machine with a GPU, to out/gpu; they install nothing and use the PyTorch
@@ -31,7 +31,7 @@ demo: setup
 	@$(BIN)/imagen-fast demo --out out/demo.png $(ARGS)
 
 test: setup $(VENV)/.hosts
-	@$(BIN)/python -m pytest -q --durations=15 $(ARGS)
+	@$(BIN)/python -m pytest -q --durations=15 $(if $(ARGS),$(ARGS),-n 2 --no-loadscope-reorder)
 
 lint: setup
 	$(BIN)/ruff check .

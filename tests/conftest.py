@@ -1,14 +1,18 @@
-"""Fixtures that run a test on every kernel that this machine has."""
+"""Fixtures that run a test on every kernel that this machine has; how tests are shared among workers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Its key does not see an operator's schema or autograd formula: a graph compiled before one of them changed would be
 # taken for the one to test.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+# Several workers share the processors, each with the processes that its tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -96,3 +100,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         out = [item for item in items if folder in item.path.parents and "kernel" not in item.fixturenames]
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: FIRST.index(file) if (file := _file(item.nodeid)) in FIRST else len(FIRST))
+
+
+# `make test` has two workers. Each takes a file at a time, so that it makes the file's fixtures once, but a test at a
+# time of files whose tests start processes that take long. What takes longest comes first, so that no worker waits long
+# for the other one at the end.
+PROCESSES = ("tests/cuda/test_on_the_emulator.py", "tests/triton/test_interpreter.py")
+FIRST = (*PROCESSES, "tests/triton/test_offline.py", "tests/test_build.py")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if _file(nodeid) in PROCESSES else _file(nodeid)
+
+    return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a test has to say at the end of the run: `record_property("closing line", ...)`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "closing line" and report.when == "call":
+                terminalreporter.write_line(value)

@@ -53,12 +53,3 @@ def emulator() -> Iterator[Callable[..., None]]:
     assert reason is None, reason
     yield set_options
     set_options(order="forward", seed=0, capability=90)
-
-
-# What `test_on_the_emulator.py` has to say at the end
-summary: list[str] = []
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in summary:
-        terminalreporter.write_line(line)

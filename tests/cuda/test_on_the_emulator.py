@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,7 +37,7 @@ def failures(report: Path) -> str:
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.skipif(not OPS, reason="no op has CUDA kernels")
 @pytest.mark.parametrize("flavour", ["plain", "races", "address"])
-def test_cuda_kernels(flavour: str, tmp_path: Path) -> None:
+def test_cuda_kernels(flavour: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     report = tmp_path / "report.xml"
     files = [str(TESTS / "cuda")]
     if flavour == "plain":
@@ -60,4 +61,4 @@ def test_cuda_kernels(flavour: str, tmp_path: Path) -> None:
     output = f"{run.stdout[-6000:]}\n{run.stderr[-6000:]}"
     assert run.returncode == 0, f"the process for the CUDA kernels ended with {run.returncode}:\n{output}"
     outcome = run.stdout.strip().splitlines()[-1]
-    sys.modules[f"{__name__.rpartition('.')[0]}.conftest"].summary.append(f"CUDA emulator, {flavour}: {outcome}")
+    record_property("closing line", f"CUDA emulator, {flavour}: {outcome}")

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ OPS = sorted(file.stem for file in (TESTS.parent / "kernels" / "triton").glob("[
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_in_the_interpreter(op: str, record_property: pytest.RecordProperty) -> None:
+def test_kernels_in_the_interpreter(op: str, record_property: Callable[[str, object], None]) -> None:
     pytest.importorskip("triton")
     files = [TESTS / "ops" / f"test_{op}.py", TESTS / "triton" / "interpreted" / f"test_{op}.py"]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "ignore::RuntimeWarning"]
@@ -43,8 +44,7 @@ def test_kernels_in_the_interpreter(op: str, record_property: pytest.RecordPrope
     }
     run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     closing = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else ""
-    record_property("interpreter", closing)
+    record_property("closing line", f"{op} in the interpreter: {closing}")
     passed = re.search(r"(\d+) passed", closing)
     if run.returncode or not passed:
         pytest.fail(f"in the interpreter: {closing}\n\n{run.stdout[-20000:]}\n{run.stderr[-5000:]}", pytrace=False)
-    print(f"in the interpreter: {closing}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,10 @@ def table(op: str) -> kernel_resources.Kernels:
 
 
 @ops
-def test_an_op_is_compiled_for_every_architecture(op: str, closing_lines: list[str]) -> None:
+def test_an_op_is_compiled_for_every_architecture(op: str, record_property: Callable[[str, object], None]) -> None:
     start = time.monotonic()
     kernels = compiled(op)
-    closing_lines.append(f"{op}: {len(kernels)} Triton kernels compiled in {time.monotonic() - start:.0f} s")
+    record_property("closing line", f"{op}: {len(kernels)} Triton kernels compiled in {time.monotonic() - start:.0f} s")
     for architecture in _triton.KNOWN_DEVICES:
         pointers = [
             {kind for kind in each.kernel.src.signature.values() if kind in ("*fp16", "*bf16")}
