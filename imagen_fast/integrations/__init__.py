@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ._converted import convert, converted_bytes, unconvert
 from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
+from ._graphed import Prepare, graphed, reasons_of, summary
 from ._packed import packed_bytes
 
 __all__ = [
@@ -28,10 +29,13 @@ __all__ = [
     "converted_bytes",
     "forget",
     "give_back",
+    "graphed",
     "has_form",
     "integration_of",
     "own_methods",
     "packed_bytes",
+    "reasons_of",
+    "summary",
     "supported",
     "take_form",
     "unconvert",
@@ -72,6 +76,7 @@ class Integration:
     runs: Callable[[Any, Any], Iterable[Callable[[], object]]]
     attach: Callable[[Any], None] = lambda part: None
     detach: Callable[[Any], None] = lambda part: None
+    graphed: Callable[[Any], Prepare | None] = lambda part: None
 
     def form_of(self, name: str, module: Any, options: Options) -> Form | None:
         """The fused form that a module has, or could have but for what is particular to it, or None."""

@@ -8,7 +8,7 @@ owner. Tensors are cast where they enter the model and where they leave it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ._fused import FusedMethod, own_methods
+from ._graphs import once_of_graph
 from ._kept import Seen, can_be_seen, outside_inference, values_kept
 
 
@@ -69,7 +70,8 @@ class ConvertedForward(FusedMethod):
                     return value  # times are no pictures or texts
                 dtype = self.dtype if value.dtype == own and self.dtype is not None else value.dtype
                 if value.dim() != 4 or self.memory_format is None:
-                    return value.to(dtype)
+                    once = once_of_graph() if value.dim() == 3 else None  # a text
+                    return value.to(dtype) if once is None else once.of("cast", value, lambda: value.to(dtype))
                 layouts.add(value.is_contiguous())
                 return value.to(dtype, memory_format=self.memory_format)
 
@@ -136,14 +138,24 @@ def _floating(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]] | No
 # ---- Putting it there
 
 
-def convert(model: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> str | None:
-    """Have a model compute in another dtype or memory format, from now on; both None ends that.
+def convert(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format | None,
+    make: Callable[..., ConvertedForward] | None = None,
+) -> str | None:
+    """Have a model compute in another dtype or memory format, from now on; without any argument that ends.
+
+    Args:
+        model: whose forward it concerns.
+        dtype, memory_format: see `ConvertedForward`.
+        make: makes another kind of it.
 
     Returns:
         Why it could not be done, or None.
     """
     key = next((key for key, value in vars(model).items() if isinstance(value, ConvertedForward)), None)
-    if dtype is None and memory_format is None:
+    if dtype is None and memory_format is None and make is None:
         if key is not None:
             unconvert(model)
         return None
@@ -152,7 +164,7 @@ def convert(model: nn.Module, dtype: torch.dtype | None, memory_format: torch.me
         if not held and "forward" in vars(model):
             return "its forward is replaced on the instance, so that it stays in its own dtype and memory format"
         key = held[0] if held else "forward"
-    vars(model)[key] = ConvertedForward(model, dtype, memory_format)
+    vars(model)[key] = (make or ConvertedForward)(model, dtype, memory_format)
     return None
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_leaves
 
 from ._fused import own_methods
+from ._graphs import once_of_graph
 from ._kept import Seen, all_still, can_be_seen, kept, look_at, outside_inference, values_kept
 from ._packed import PackedLinear
 
@@ -50,6 +51,9 @@ def of_text(
     description = _describe(through)
     if description is None or (text.device.type != "cpu" and not can_be_seen(text)):
         return make()
+    once = once_of_graph()
+    if once is not None:  # its graph is dropped when a module has changed
+        return once.of((id(owner), key), text, make)
     state, tensors = description
     entries: list[_Made] = kept(owner).setdefault(key, [])
     for i, made in enumerate(entries):

@@ -19,6 +19,7 @@ from ._diffusers_blocks import (
     TextKeepingPooling,
 )
 from ._diffusers_schedulers import FUSED_STEPS
+from ._graphed import Prepare, of_step
 from ._packed import PackedConv2d, PackedLinear
 from ._text import TextLinear
 
@@ -71,6 +72,10 @@ def _synthetic_inputs(unet: Any) -> dict[str, Any]:
     return inputs
 
 
+def _graphed(part: Any) -> Prepare | None:
+    return of_step if isinstance(part, UNet2DConditionModel) else None
+
+
 INTEGRATION = Integration(
     serves=(DiffusionPipeline, ModelMixin, SchedulerMixin),
     fused=(
@@ -86,4 +91,5 @@ INTEGRATION = Integration(
     ),
     parts=_parts,
     runs=_runs,
+    graphed=_graphed,
 )

@@ -18,6 +18,7 @@ from ..models.t5 import T5Encoder
 from ..models.unet import UNet
 from . import Integration
 from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
+from ._graphed import Prepare, of_step, of_text
 from ._packed import PackedLinear
 from ._reference_t5 import T5_FORMS
 
@@ -152,9 +153,16 @@ def _synthetic_text(encoder: T5Encoder) -> dict[str, Tensor]:
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
+def _graphed(part: nn.Module) -> Prepare | None:
+    if isinstance(part, T5Encoder):
+        return of_text
+    return of_step if isinstance(part, UNet | EfficientUNet) else None
+
+
 INTEGRATION = Integration(
     serves=(Imagen, UNet, EfficientUNet, T5Encoder),
     fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS, PackedLinear),
     parts=_parts,
     runs=_runs,
+    graphed=_graphed,
 )

@@ -23,6 +23,7 @@ from transformers.models.umt5 import modeling_umt5
 from .. import ops
 from . import Integration
 from ._fused import Fused, is_plain
+from ._graphed import Prepare, of_text
 from ._packed import PackedLinear, linear
 from ._t5 import _OVER, PREFIX, SelfAttention, attend, make_mask
 from ._t5_blocks import EncoderBlock, GatedDense
@@ -265,6 +266,13 @@ def _runs(obj: Any, inputs: Any) -> Iterator[Callable[[], object]]:
         )
 
 
+_ENCODERS = (modeling_t5.T5EncoderModel, modeling_mt5.MT5EncoderModel, modeling_umt5.UMT5EncoderModel)
+
+
+def _graphed(part: Any) -> Prepare | None:
+    return of_text if isinstance(part, _ENCODERS) else None
+
+
 _FORMS: tuple[type[Fused], ...] = (
     FusedT5Block,
     FusedMT5Block,
@@ -295,4 +303,5 @@ INTEGRATION = Integration(
     runs=_runs,
     attach=_attach,
     detach=_detach,
+    graphed=_graphed,
 )

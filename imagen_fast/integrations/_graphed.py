@@ -1,0 +1,199 @@
+"""The `forward` of a model that replays CUDA graphs, on an instance that keeps its class.
+
+Graphs are used without gradients, where nothing watches the call (autocast, a compiler, a mode), as long as no module
+in the model has hooks or another forward, and on CUDA devices alone. Everything that a graph bakes in is looked at
+before each replay (`_watched`); after a change of any of it graphs are made anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ._converted import ConvertedForward
+from ._graphs import GRAPHS, GraphPool
+from ._kept import values_kept
+from ._recorders import recorder_here
+from ._watched import Watched
+
+
+class Prepared(NamedTuple):
+    """A call as it is recorded, and what is made of its result."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    finish: Callable[[Any], Any] = lambda result: result
+
+
+# Brings the arguments of a call into the form in which it is recorded; a string says why it cannot be.
+Prepare = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "Prepared | str"]
+
+
+class GraphedForward(ConvertedForward):
+    """Graphs of a model, which may compute in another dtype, too.
+
+    Args:
+        owner, dtype, memory_format: as of `ConvertedForward`.
+        prepare: of a call's arguments, see `Prepare`: a function at the top of a module, since copies keep it.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format | None,
+        prepare: Prepare,
+    ) -> None:
+        self.prepare = prepare
+        recorder = recorder_here()
+        self.pool = None if recorder is None else GraphPool(type(owner).__name__, recorder)
+        super().__init__(owner, dtype, memory_format)
+
+    def forget(self) -> None:
+        super().forget()
+        self._watched: Watched | None = None
+        if self.pool is not None:
+            self.pool.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "prepare": self.prepare}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        pool = self.pool
+        if torch.compiler.is_compiling() or pool is None or not pool.serves(args, kwargs) or not values_kept():
+            return self._plain(*args, **kwargs)
+        reason = self._obstacle(pool)
+        if reason is None:
+            prepared = self.prepare(self.owner, args, kwargs)
+            if isinstance(prepared, Prepared):
+                result = pool.run(self._plain, prepared.args, prepared.kwargs, self._with_weights)
+                return prepared.finish(result)
+            reason = prepared
+        pool.note(reason)
+        return self._plain(*args, **kwargs)
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self.dtype is None and self.memory_format is None:
+            return type(self.owner).forward(self.owner, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _obstacle(self, pool: GraphPool) -> str | None:
+        """Why the model as it is cannot be recorded; drops the graphs of what it was."""
+        with self._lock:  # while a call has the converted weights in place
+            if self._watched is None or self._watched.has_changed():
+                pool.clear()
+                self._watched = Watched(self.owner)
+            return self._watched.obstacle
+
+    @contextmanager
+    def _with_weights(self) -> Iterator[None]:
+        with self._lock, self._converted():
+            yield
+
+
+# ---- Putting it there
+
+
+def graphed(part: nn.Module, prepare: Prepare | None) -> Callable[..., GraphedForward] | None:
+    """What makes the `GraphedForward` of a part; None where no graphs can be made of it."""
+    if prepare is None or recorder_here() is None:
+        return None
+    return partial(GraphedForward, prepare=prepare)
+
+
+def reasons_of(part: nn.Module) -> list[str]:
+    """Why calls of a part ran without a graph so far, or cannot have one."""
+    forward = next((value for value in vars(part).values() if isinstance(value, GraphedForward)), None)
+    reasons = [] if forward is None or forward.pool is None else forward.pool.reasons
+    obstacle = Watched(part).obstacle
+    return list(dict.fromkeys([*reasons, *([] if obstacle is None else [obstacle])]))
+
+
+def summary(asked: str, inference: bool, reasons: dict[str, list[str]]) -> str:
+    """For the report.
+
+    Args:
+        asked: "auto" or "off".
+        inference: whether graphs are allowed.
+        reasons: of every part that gets graphs, by name, why it ran without one so far.
+    """
+    if asked == "off":
+        return "off"
+    if not inference:
+        return "none; they are for inference"
+    if recorder_here() is None:
+        return "none; they concern CUDA devices, and there is none here"
+    if not reasons:
+        return "none; they are made of U-Nets and text encoders"
+    facts = [f"of {name or 'the model'}" + (f" ({'; '.join(why)})" if why else "") for name, why in reasons.items()]
+    return f"{', '.join(facts)}: each recorded at the second call of its kind, at most {GRAPHS} at a time"
+
+
+# ---- Arguments
+
+
+def of_step(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | str:
+    """A call of a U-Net: its time step, the second argument, goes to the device as a tensor, of which a graph is not
+    the graph of one number alone."""
+    sample = args[0] if args else kwargs.get("sample", kwargs.get("x"))
+    if not isinstance(sample, Tensor):
+        return "its first argument is no tensor"
+    if len(args) > 1:
+        return Prepared((sample, _on_device(args[1], sample.device), *args[2:]), kwargs)
+    return Prepared(args, {k: _on_device(v, sample.device) if k == "timestep" else v for k, v in kwargs.items()})
+
+
+def _on_device(timestep: Any, device: torch.device) -> Any:
+    """Without waiting for the device, as a copy of a number to it would."""
+    if isinstance(timestep, Tensor):
+        on_cpu = timestep.dim() == 0 and timestep.device.type == "cpu" != device.type
+        return torch.full((), timestep.item(), dtype=timestep.dtype, device=device) if on_cpu else timestep
+    if isinstance(timestep, int | float) and not isinstance(timestep, bool):
+        dtype = torch.int64 if isinstance(timestep, int) else torch.float64  # what U-Nets make of numbers themselves
+        return torch.full((), timestep, dtype=dtype, device=device)
+    return timestep
+
+
+LONGEST = 512  # tokens; texts beyond it are encoded as they are
+
+
+def bucket(length: int) -> int:
+    """The length to which a text is padded: a multiple of 32 up to 128 tokens, of 64 beyond."""
+    step = 32 if length <= 128 else 64
+    return -(-length // step) * step
+
+
+def of_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | str:
+    """A call of a text encoder with tokens and their mask: both are padded to the next bucket, so that one graph serves
+    all texts of about a length, and the result is cut. Padding is masked, so it changes nothing but rounding."""
+    given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+    ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
+    if len(args) > 2 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        return "it is not called with tokens and their mask alone"
+    if any(value not in (None, False) for key, value in given.items() if key != "return_dict"):
+        return f"it is called with {', '.join(given)} too"
+    config: Any = owner.config
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return "it gives more than its last states"
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        return "its mask is not of its tokens' shape"
+    length = ids.shape[1]
+    if length > LONGEST:
+        return f"a text is longer than {LONGEST} tokens"
+    padding = bucket(length) - length
+    if padding and mask is not None and not bool(mask.bool().any(1).all()):
+        return "a text has no token to attend to"  # it attends to all of them, so the number of tokens counts
+    mask = ids.new_ones(ids.shape) if mask is None else mask
+    if padding:
+        ids, mask = (nn.functional.pad(tensor, (0, padding)) for tensor in (ids, mask))
+
+    def cut(value: Any) -> Any:
+        return value[:, :length] if isinstance(value, Tensor) and padding else value
+
+    return Prepared((), {"input_ids": ids, "attention_mask": mask, **given}, lambda result: tree_map(cut, result))

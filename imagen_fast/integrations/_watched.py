@@ -1,0 +1,122 @@
+"""What a graph was recorded with besides its inputs: the weights and the Python state of a tree of modules.
+
+A graph bakes in where each weight lies, which modules there are, and every attribute that was read on the way: the
+scale of an adapter, a flag of a configuration, the processor of an attention block. So all of them are looked at before
+each replay, at the price of some dictionary comparisons a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from ._fused import FusedMethod, own_methods
+from ._kept import Seen, can_be_seen
+
+_DEEPEST = 3  # containers and plain objects in each other
+_TABLES = ("_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_STANDARD = frozenset(vars(nn.Module()))  # attributes of every module
+_OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, Enum, FusedMethod)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+
+
+class Watched:
+    """A model as it was.
+
+    Attributes:
+        obstacle: why no call of it can be recorded, or None.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.obstacle = "there are hooks on all modules" if _module._has_any_global_hook() else None
+        self._root = root
+        self._copies: list[tuple[Any, Any]] = []  # dictionaries and lists, and what they held
+        self._orders: list[tuple[Mapping[str, Any], list[int]]] = []  # those that hold tensors, and their identities
+        self._tensors: list[Tensor] = []
+        self._met: dict[int, Any] = {}  # objects by identity, which stays theirs as long as they are held here
+        self._walk_module(root)
+        self._seen = [Seen(tensor) for tensor in self._tensors] if self.obstacle is None else []
+        del self._tensors  # they are not held: a model may be moved, or get others
+
+    def has_changed(self) -> bool:
+        """Whether anything is not as it was."""
+        if _module._has_any_global_hook():
+            return True
+        try:
+            for container, before in self._copies:
+                if container != before:
+                    return True
+        except Exception:  # arrays and the like, which are not what they were, do not compare
+            return True
+        for table, order in self._orders:
+            if [*map(id, table.values())] != order:
+                return True
+        for seen in self._seen:
+            tensor = seen.reference()
+            if tensor is None or not seen.still(tensor):
+                return True
+        return False
+
+    def _walk_module(self, module: nn.Module) -> None:
+        for inner in module.modules():
+            if id(inner) in self._met:
+                continue
+            self._met[id(inner)] = inner
+            attributes = vars(inner)
+            self._look_at_obstacles(inner)
+            self._watch(attributes)
+            for key in ("_modules", *_HOOKS, *_TABLES):
+                self._watch(attributes[key])
+            for tensor in (*inner._parameters.values(), *inner._buffers.values()):
+                self._walk(tensor, 0)
+            for key, value in attributes.items():
+                if key not in _STANDARD:
+                    self._walk(value, 0)
+
+    def _look_at_obstacles(self, module: nn.Module) -> None:
+        kind = type(module).__name__
+        if module is self._root or self.obstacle is not None:
+            return  # what is on the whole model runs around the graph
+        if module._forward_hooks or module._forward_pre_hooks:
+            self.obstacle = f"a {kind} in it has hooks"
+        elif "forward" in vars(module) and own_methods(module).get("forward") != "forward":
+            self.obstacle = f"the forward of a {kind} in it is replaced"
+
+    def _walk(self, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN_TENSORS:
+                self.obstacle = self.obstacle or f"it has a {type(value).__name__}, which is no plain tensor"
+            elif not can_be_seen(value):
+                self.obstacle = self.obstacle or "it has tensors made in inference mode or on the meta device"
+            else:
+                self._tensors.append(value)
+            return
+        if depth > _DEEPEST or id(value) in self._met or isinstance(value, _OPAQUE):
+            return
+        if isinstance(value, nn.Module):
+            self._walk_module(value)
+        elif isinstance(value, dict | list | set | tuple):
+            self._met[id(value)] = value
+            self._watch(value)
+            for item in value.values() if isinstance(value, dict) else value:
+                self._walk(item, depth + 1)
+        elif hasattr(value, "__dict__") and not isinstance(value, torch.Generator):
+            self._met[id(value)] = value
+            self._watch(vars(value))
+            for item in vars(value).values():
+                self._walk(item, depth + 1)
+
+    def _watch(self, container: Any) -> None:
+        if isinstance(container, tuple):
+            return
+        if isinstance(container, dict) and any(isinstance(item, Tensor) for item in container.values()):
+            self._orders.append((container, [*map(id, container.values())]))
+        else:
+            self._copies.append((container, container.copy()))
