@@ -24,6 +24,18 @@ struct Split {
   V integer;
 };
 
+// Stores two of V, one after the other or each where it belongs. Overloaded where one instruction rounds both.
+template <typename V, typename T>
+IMAGEN_FAST_INLINE void store_two(V a, V b, T* to) {
+  a.store(to);
+  b.store(to + V::kWidth);
+}
+template <typename V, typename T>
+IMAGEN_FAST_INLINE void store_two(V a, V b, T* to_a, T* to_b) {
+  a.store(to_a);
+  b.store(to_b);
+}
+
 // Two of V (a Vec, or Twice itself), in step
 template <typename V>
 struct Twice {
@@ -49,8 +61,7 @@ struct Twice {
   }
   template <typename T>
   IMAGEN_FAST_INLINE void store(T* to) const {
-    first.store(to);
-    second.store(to + V::kWidth);
+    store_two(first, second, to);
   }
 
   // A vector from each of several rows
@@ -65,8 +76,12 @@ struct Twice {
   }
   template <typename T>
   IMAGEN_FAST_INLINE void store_rows(T* to, int64_t stride) const {
-    first.store_rows(to, stride);
-    second.store_rows(to + V::kVectors * stride, stride);
+    if constexpr (V::kVectors == 1) {
+      store_two(first, second, to, to + stride);
+    } else {
+      first.store_rows(to, stride);
+      second.store_rows(to + V::kVectors * stride, stride);
+    }
   }
   template <typename T>
   IMAGEN_FAST_INLINE void store_first_of_rows(T* to, int64_t stride, int count) const {

@@ -7,8 +7,11 @@ namespace imagen_fast::IMAGEN_FAST_ISA {
 
 IMAGEN_FAST_INLINE __mmask16 first_mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
+// Lane i is the upper half of a float, its lower half zero: one instruction, where widening and shifting are two.
 IMAGEN_FAST_INLINE __m512 bf16_to_float(__m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  const __m512i from = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
+                                        0, 2, 0, 1, 0, 0, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, from, _mm512_castsi256_si512(bits)));
 }
 
 IMAGEN_FAST_INLINE __m256i float_to_bf16(__m512 value) {
@@ -144,5 +147,17 @@ struct Vec<float> {
 
 template <>
 constexpr bool kOverflowsToInfinity<Vec<float>> = true;
+
+#ifdef __AVX512BF16__
+// Both are rounded by one instruction, which takes little longer than for one.
+IMAGEN_FAST_INLINE void store_two(Vec<float> a, Vec<float> b, BFloat16* to_a, BFloat16* to_b) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_a), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_b), _mm512_extracti64x4_epi64(both, 1));
+}
+IMAGEN_FAST_INLINE void store_two(Vec<float> a, Vec<float> b, BFloat16* to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw));
+}
+#endif
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

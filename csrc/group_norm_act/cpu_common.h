@@ -23,6 +23,11 @@ struct Columns {
       : channels(channels),
         positions(channels < kFewChannels ? ceil_div(kFewChannels, channels) : 1),
         width(channels * positions) {}
+  Columns(int64_t channels, int64_t positions)
+      : channels(channels), positions(positions), width(channels * positions) {}
+
+  // Pairs of channels as columns
+  Columns halved() const { return {channels / 2, positions}; }
 
   // array[c], c < channels, again for each further position of a row
   template <typename S>

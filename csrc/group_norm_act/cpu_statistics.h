@@ -5,9 +5,13 @@
 // has mean q with m - p = (1 - f)(q - p), and v is at least f (1 - f) (q - p)^2. So (m - p)^2 <= v (1 - f) / f, and in
 //   v = sum((x - p)^2) / n - (m - p)^2
 // the difference is at least f times its larger term: for f = 1/8, three bits at most are lost.
+//
+// Where bf16 values can be summed as they are for less (cpu_pair_sums.h), p is 0 unless that loses more than three
+// bits, which it does if the mean is almost three times the standard deviation.
 #pragma once
 
 #include "cpu_common.h"
+#include "cpu_pair_sums.h"
 
 namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act {
 
@@ -24,8 +28,15 @@ inline Moments moments_around(double pivot, double sum_d, double sum_d2, double 
   return {pivot + sum_d / count, sum_d2 - sum_d * sum_d / count};
 }
 
+// Whether moments around 0 are as exact as those around a pivot. They are not if squares have overflowed, or were so
+// small that they may have been flushed to zero.
+inline bool is_exact(const Moments& moments, double count) {
+  const double variance = moments.deviations / count;
+  return moments.mean * moments.mean <= (kPivotShare - 1) * variance && variance > 0x1p-100 && std::isfinite(variance);
+}
+
 template <typename T>
-inline Moments chunk_moments(const T* x, int64_t n) {
+inline Moments chunk_moments_around_pivot(const T* x, int64_t n) {
   using S = AccumulateType<T>;
   const int64_t first = ceil_div(n, kPivotShare);
   RowSum<S> total;
@@ -40,6 +51,16 @@ inline Moments chunk_moments(const T* x, int64_t n) {
     sum_d2.add_product(d, d, lanes);
   });
   return moments_around(pivot, sum_d.total(), sum_d2.total(), static_cast<double>(n));
+}
+
+template <typename T>
+inline Moments chunk_moments(const T* x, int64_t n) {
+  if constexpr (kSumsPairs<T>) {
+    const auto [sum, squares] = row_pair_sums(x, n);
+    const Moments moments = moments_around(0, sum, squares, static_cast<double>(n));
+    if (is_exact(moments, static_cast<double>(n))) return moments;
+  }
+  return chunk_moments_around_pivot(x, n);
 }
 
 // A group's mean in two parts (the float nearest to it, and what is missing), and 1 / deviation
@@ -93,9 +114,18 @@ inline void column_sums_around(const T* x, int64_t n, int64_t width, const S* pi
   });
 }
 
+// The sum of group g's columns
+template <typename S>
+inline double group_sum(const S* columns, int64_t g, int64_t group_size) {
+  double total = 0;
+  for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) total += columns[c];
+  return total;
+}
+
 // The moments of every group over n elements of channels-last memory; scratch holds 3 * columns.width values.
 template <typename T, typename S>
-inline void block_moments(const T* x, int64_t n, const Columns& columns, int64_t groups, S* scratch, Moments* moments) {
+inline void block_moments_around_pivot(const T* x, int64_t n, const Columns& columns, int64_t groups, S* scratch,
+                                       Moments* moments) {
   const int64_t group_size = columns.channels / groups;
   const double count = static_cast<double>(n) / static_cast<double>(groups);
   S* pivot = scratch;
@@ -107,9 +137,7 @@ inline void block_moments(const T* x, int64_t n, const Columns& columns, int64_t
   column_sums(x, first, columns.width, sums);
   columns.fold(sums);
   for (int64_t g = 0; g < groups; ++g) {
-    S total = 0;
-    for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) total += sums[c];
-    const S mean = total / static_cast<S>(first / groups);
+    const S mean = static_cast<S>(group_sum(sums, g, group_size)) / static_cast<S>(first / groups);
     for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) pivot[c] = mean;
   }
   columns.repeat(pivot);
@@ -118,14 +146,38 @@ inline void block_moments(const T* x, int64_t n, const Columns& columns, int64_t
   columns.fold(sum_d);
   columns.fold(sum_d2);
   for (int64_t g = 0; g < groups; ++g) {
-    double total_d = 0;
-    double total_d2 = 0;
-    for (int64_t c = g * group_size; c < (g + 1) * group_size; ++c) {
-      total_d += sum_d[c];
-      total_d2 += sum_d2[c];
-    }
-    moments[g] = moments_around(pivot[g * group_size], total_d, total_d2, count);
+    moments[g] =
+        moments_around(pivot[g * group_size], group_sum(sum_d, g, group_size), group_sum(sum_d2, g, group_size), count);
   }
+}
+
+// The same around 0; false if that is not exact for every group. Groups have an even number of channels.
+template <typename T, typename S>
+inline bool block_moments_of_pairs(const T* x, int64_t n, const Columns& columns, int64_t groups, S* scratch,
+                                   Moments* moments) {
+  const int64_t group_size = columns.channels / groups;
+  const double count = static_cast<double>(n) / static_cast<double>(groups);
+  S* sums = scratch;
+  S* squares = scratch + columns.width;
+  column_pair_sums(x, n, columns.width, sums, squares);
+  const Columns pairs = columns.halved();
+  pairs.fold(sums);
+  pairs.fold(squares);
+  bool exact = true;
+  for (int64_t g = 0; g < groups; ++g) {
+    moments[g] = moments_around(0, group_sum(sums, g, group_size / 2), group_sum(squares, g, group_size / 2), count);
+    exact = exact && is_exact(moments[g], count);
+  }
+  return exact;
+}
+
+template <typename T, typename S>
+inline void block_moments(const T* x, int64_t n, const Columns& columns, int64_t groups, S* scratch, Moments* moments) {
+  if constexpr (kSumsPairs<T>) {
+    const bool in_pairs = columns.channels / groups % 2 == 0;
+    if (in_pairs && block_moments_of_pairs(x, n, columns, groups, scratch, moments)) return;
+  }
+  block_moments_around_pivot(x, n, columns, groups, scratch, moments);
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act

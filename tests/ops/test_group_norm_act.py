@@ -176,6 +176,19 @@ def test_large_mean_is_no_excuse(backend: str) -> None:
 
 
 @layouts
+@pytest.mark.parametrize("group_size", [5, 6])
+def test_large_means_and_tiny_deviations_in_bf16(kernel: str, layout_name: str, group_size: int) -> None:
+    """Absolutely: what the statistics lose must not be more than what rounding the result to 8 bits hides."""
+    means, deviations = torch.tensor([[0, 100, -1000, 0, 3, 1e12], [1, 0.3, 2, 1e-19, 1, 1e9]])
+    channels = [v.repeat_interleave(group_size)[:, None, None] for v in (means, deviations)]
+    x = (channels[0] + channels[1] * torch.randn(2, 6 * group_size, 17, 33)).bfloat16()
+    x = layout.channels_last(x) if layout_name == "nhwc" else x
+    truth = torch.group_norm(x.double().contiguous(), 6, eps=0)
+    y = ops.group_norm_act(x, 6, activation=None, eps=0)
+    torch.testing.assert_close(y.double(), truth, rtol=2**-8, atol=1e-6)
+
+
+@layouts
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e4, 1e-30])
 def test_constants(kernel: str, layout_name: str, value: float) -> None:
     """The deviation is 0, and eps alone keeps the result finite."""
