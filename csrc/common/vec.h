@@ -36,6 +36,14 @@ IMAGEN_FAST_INLINE void store_two(V a, V b, T* to_a, T* to_b) {
   b.store(to_b);
 }
 
+// A number as n + r with |r| <= 1/64, and 2^(n - floor(n)) of that; times_power_of_two takes n as floor(n).
+template <typename V>
+struct TableOfPowers {
+  V power;
+  V r;
+  V n;
+};
+
 // Two of V (a Vec, or Twice itself), in step
 template <typename V>
 struct Twice {
@@ -123,6 +131,10 @@ struct Twice {
     const auto first = split_product(a.first, b.first), second = split_product(a.second, b.second);
     return {{first.fraction, second.fraction}, {first.integer, second.integer}};
   }
+  friend IMAGEN_FAST_INLINE TableOfPowers<Twice> table_of_powers(Twice a) {
+    const auto first = table_of_powers(a.first), second = table_of_powers(a.second);
+    return {{first.power, second.power}, {first.r, second.r}, {first.n, second.n}};
+  }
   friend IMAGEN_FAST_INLINE Twice times_power_of_two(Twice a, Twice n) {
     return {times_power_of_two(a.first, n.first), times_power_of_two(a.second, n.second)};
   }
@@ -147,6 +159,12 @@ template <typename V>
 constexpr bool kOverflowsToInfinity = false;
 template <typename V>
 constexpr bool kOverflowsToInfinity<Twice<V>> = kOverflowsToInfinity<V>;
+
+// Whether there is table_of_powers
+template <typename V>
+constexpr bool kHasTableOfPowers = false;
+template <typename V>
+constexpr bool kHasTableOfPowers<Twice<V>> = kHasTableOfPowers<V>;
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA
 

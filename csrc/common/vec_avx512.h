@@ -31,6 +31,14 @@ IMAGEN_FAST_INLINE __m256i float_to_half(__m512 value) {
   return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+// 2^(i/32)
+alignas(64) inline constexpr float kPowers[32] = {
+    0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
+    0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
+    0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
+    0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
+    0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
+
 template <>
 struct Vec<float> {
   using Scalar = float;
@@ -126,9 +134,9 @@ struct Vec<float> {
   }
   friend IMAGEN_FAST_INLINE Vec divide_by_up_to_infinity(Vec a, Vec b) {
     const __m512 estimate = _mm512_rcp14_ps(b.raw);
-    // 0, and not 2 - infinity * 0, where b is infinite
-    const __mmask16 finite = _mm512_cmp_ps_mask(b.raw, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
-    const __m512 correction = _mm512_maskz_fnmadd_ps(finite, b.raw, estimate, _mm512_set1_ps(2.0f));
+    // 2, and not 2 - infinity * 0, where b is infinite
+    const __m512 finite = _mm512_min_ps(_mm512_set1_ps(0x1p127f), b.raw);
+    const __m512 correction = _mm512_fnmadd_ps(finite, estimate, _mm512_set1_ps(2.0f));
     return Vec(_mm512_mul_ps(_mm512_mul_ps(a.raw, estimate), correction));
   }
   // An infinity is split into 0 and itself; 2^-inf is 0, 2^inf infinite.
@@ -136,6 +144,18 @@ struct Vec<float> {
     const Vec product = a * b;
     const Vec fraction(_mm512_reduce_ps(product.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     return {fraction, product - fraction};
+  }
+  // Of two registers, since a polynomial to that many bits would keep the multipliers busy for longer than all the
+  // rest.
+  friend IMAGEN_FAST_INLINE TableOfPowers<Vec> table_of_powers(Vec a) {
+    const __m512 shift = _mm512_set1_ps(0x1.8p18f);  // where floats are 1/32 apart
+    const __m512 shifted = _mm512_add_ps(a.raw, shift);
+    const __m512 n = _mm512_sub_ps(shifted, shift);
+    const __m512 power =
+        _mm512_permutex2var_ps(_mm512_load_ps(kPowers), _mm512_castps_si512(shifted), _mm512_load_ps(kPowers + 16));
+    // Where a is so large that r would be, or infinite, n alone decides, and 1 is small enough; a NaN stays in n.
+    const __m512 r = _mm512_range_ps(_mm512_sub_ps(a.raw, n), _mm512_set1_ps(1.0f), 2);  // the smaller magnitude
+    return {Vec(power), Vec(r), Vec(n)};
   }
   friend IMAGEN_FAST_INLINE Vec times_power_of_two(Vec a, Vec n) { return Vec(_mm512_scalef_ps(a.raw, n.raw)); }
   friend IMAGEN_FAST_INLINE Vec keep_first(Vec a, int count) {
@@ -147,6 +167,8 @@ struct Vec<float> {
 
 template <>
 constexpr bool kOverflowsToInfinity<Vec<float>> = true;
+template <>
+constexpr bool kHasTableOfPowers<Vec<float>> = true;
 
 #ifdef __AVX512BF16__
 // Both are rounded by one instruction, which takes little longer than for one.

@@ -29,24 +29,49 @@ IMAGEN_FAST_INLINE V divide_for(V a, V b) {
 
 constexpr float kLog2E = 0x1.715476p0f;
 
-// 2^(v * factor), of floats; may be 0 where it would not be normal. The product must not be positive, except where
-// kOverflowsToInfinity.
+// 2^(v * factor), with a table
+template <typename V>
+IMAGEN_FAST_INLINE V power_of_two_by_table(V v, float factor) {
+  if constexpr (V::kVectors > 2) {
+    // Beside all that is constant, the registers hold two in step and no more.
+    return {power_of_two_by_table(v.first, factor), power_of_two_by_table(v.second, factor)};
+  } else {
+    // 2^r = 1 + r p for |r| <= 1/64, minimax to 5e-8
+    const auto [power, r, n] = table_of_powers(v * V(factor));
+    const V p = fma(V(0.24022650718688965f), r, V(0.69315734505653381f));
+    return times_power_of_two(fma(power, p * r, power), n);
+  }
+}
+
+// 2^(v * factor), with 2^r for |r| <= 1/2, minimax to 8e-5 or 2e-9. (Horner needs the fewest registers; a Wide fills
+// its waits.)
 template <typename T, typename V>
-IMAGEN_FAST_INLINE V power_of_two(V v, float factor) {
+IMAGEN_FAST_INLINE V power_of_two_by_polynomial(V v, float factor) {
   const auto [r, n] = split_product(v, V(factor));
-  // 2^r for |r| <= 1/2, minimax to 8e-5 or 2e-9. (Horner needs the fewest registers; a Wide fills its waits.)
   V p;
   if constexpr (kRoughly<T>) {
     p = fma(V(0.05517166852951050f), r, V(0.2426111251115799f));
     p = fma(p, r, V(0.6932609677314758f));
-    return times_power_of_two(fma(p, r, V(0.9999280571937561f)), n);
+    p = fma(p, r, V(0.9999280571937561f));
   } else {
     p = fma(V(0.00015345697465818375f), r, V(0.0013400063617154956f));
     p = fma(p, r, V(0.009618490003049374f));
     p = fma(p, r, V(0.05550328269600868f));
     p = fma(p, r, V(0.24022646248340607f));
     p = fma(p, r, V(0.6931471824645996f));
-    return times_power_of_two(fma(p, r, V(1.0f)), n);
+    p = fma(p, r, V(1.0f));
+  }
+  return times_power_of_two(p, n);
+}
+
+// 2^(v * factor), of floats; may be 0 where it would not be normal. The product must not be positive, except where
+// kOverflowsToInfinity.
+template <typename T, typename V>
+IMAGEN_FAST_INLINE V power_of_two(V v, float factor) {
+  if constexpr (kHasTableOfPowers<V> && !kRoughly<T>) {
+    return power_of_two_by_table(v, factor);
+  } else {
+    return power_of_two_by_polynomial<T>(v, factor);
   }
 }
 

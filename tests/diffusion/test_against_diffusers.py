@@ -96,6 +96,23 @@ def test_ddpm(prediction: str, variance: str, spacing: str, draws: Draws) -> Non
     follow(scheduler, table, draws, channels=6 if variance == "learned_range" else 3)
 
 
+@pytest.mark.parametrize(("solver", "options"), [("ddpm", {}), ("ddim", {"eta": 1.0})], ids=["ddpm", "ddim"])
+def test_the_last_of_many_steps_round_as_the_scheduler_does(
+    solver: str, options: dict[str, float], draws: Draws
+) -> None:
+    """There a float32 schedule's quotients of neighbours are so near to 1 that their rounding is seen in the sample."""
+    schedulers = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
+    scheduler = schedulers[solver](clip_sample=False)
+    scheduler.set_timesteps(1000)
+    table = getattr(StepTable, solver)(scheduler.alphas_cumprod, steps=1000, **options)
+    for index in (997, 998):
+        sample, output = randn(index), randn(2 * index)
+        before = len(draws.drawn)
+        theirs = scheduler.step(output, scheduler.timesteps[index], sample, **options).prev_sample
+        ours, _ = sampler_step(sample, output, table, index, noise=draws.drawn[before])
+        torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=3e-6)
+
+
 THRESHOLDS: dict[str, tuple[dict[str, Any], Any]] = {
     "clip": ({"clip_sample": True}, "static"),
     "if-stage-1": (
