@@ -18,6 +18,11 @@ ARGS   ?=
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
+GET  := $(PIP) install --no-compile
+
+# While the libraries are built, pip installs what their building does not need.
+MAKEFLAGS += -j2
+unexport MAKEFLAGS
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 FORMATTED      := $(filter %.h %.hpp %.cuh %.cpp %.cu,$(NATIVE_SOURCES) $(shell find tests/cuda -type f 2>/dev/null))
@@ -73,25 +78,26 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# With what setup.py needs beside it
 $(VENV)/.torch: requirements-torch.txt $(VENV)/.created
 	@echo "Installing PyTorch into $(VENV), once."
-	@$(PIP) install -c requirements.txt -r requirements-torch.txt
+	@$(GET) -c requirements.txt -r requirements-torch.txt ninja numpy setuptools wheel
 	@touch $@
 
 $(VENV)/.requirements: requirements.txt $(VENV)/.torch
 	@echo "Installing the other packages, as pinned in requirements.txt."
-	@$(PIP) install -q -c requirements-torch.txt -r requirements.txt
+	@$(GET) -q -c requirements-torch.txt -r requirements.txt
 	@touch $@
 
 # Host libraries that tests import in processes of their own: two versions of one, and neither with what it depends on
 # (torchvision among that, which must not come in).
 $(VENV)/.hosts: requirements-hosts.txt $(VENV)/.requirements
-	@while read -r host; do $(PIP) install -q --no-deps --target "$(VENV)/hosts/$$host" "$$host" || exit 1; done < $<
+	@while read -r host; do $(GET) -q --no-deps --target "$(VENV)/hosts/$$host" "$$host" || exit 1; done < $<
 	@touch $@
 
 # Without a C++ compiler this says so and everything runs on plain PyTorch. The stamp is then left out, so that the next
 # call looks for a compiler again.
-$(VENV)/.native: setup.py $(NATIVE_SOURCES) $(VENV)/.requirements
+$(VENV)/.native: setup.py $(NATIVE_SOURCES) $(VENV)/.torch
 	@echo "Building the C++ library, and where nvcc is the CUDA one: minutes the first time, later only what changed."
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@test ! -e $(NATIVE_LIBRARY) || touch $@
