@@ -148,6 +148,11 @@ def test_architectures_as_nvcc_takes_them(setup: ModuleType, toolkit: Path, monk
         "arch=compute_80,code=sm_80",
         "arch=compute_90a,code=[sm_90a,compute_90a]",
     ]
+    assert [setup.gencode(each)[1] for each in ("10.0", "10.0a", "12.0+PTX")] == [
+        "arch=compute_90,code=sm_100",
+        "arch=compute_100a,code=sm_100a",
+        "arch=compute_90,code=[sm_120,compute_90]",
+    ]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
