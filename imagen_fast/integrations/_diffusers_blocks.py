@@ -21,6 +21,7 @@ from .. import ops
 from ._fused import Fused, activation_name, group_norm_act, is_plain, why_called
 from ._packed import conv2d, linear, linears
 from ._text import of_text
+from ._time import projected
 
 
 class FusedResnetBlock2D(Fused, ResnetBlock2D):
@@ -51,7 +52,11 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             input_tensor, hidden = resample(input_tensor), resample(hidden)
         hidden = self.conv1(hidden)
         if self.time_emb_proj is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            activation = None if self.skip_time_act else activation_name(self.nonlinearity)
+            if self.skip_time_act or activation is not None:
+                temb = projected(self.time_emb_proj, temb, activation)
+            else:
+                temb = self.time_emb_proj(self.nonlinearity(temb))
         if self.time_embedding_norm == "scale_shift":
             if temb is None:
                 return super().forward(input_tensor, temb)  # the library's error

@@ -134,8 +134,9 @@ def take_form(module: Any, cls: type) -> None:
 
 def give_back(module: Any) -> None:
     """Give a fused module the class that it had, and an object its class's methods; leave any other."""
-    if isinstance(module, Fused):
+    if isinstance(module, nn.Module):
         drop(module)
+    if isinstance(module, Fused):
         take_form(module, _original_class(module))
     fused = [name for name, value in vars(module).items() if isinstance(value, FusedMethod) and name == value.method]
     for name in fused:

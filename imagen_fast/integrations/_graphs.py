@@ -55,6 +55,11 @@ class Once:
         self._numbers = {id(tensor): number for number, tensor in inputs.items()}
         self._known = {id(tensor): tensor for tensor in inputs.values()}
         self._made: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self._held: list[Any] = []
+
+    def hold(self, kept: Any) -> None:
+        """Have tensors live as long as the graph, which reads them where they are, and which others may drop."""
+        self._held.append(kept)
 
     def of(self, key: Hashable, given: Tensor, make: Callable[[], Any]) -> Any:
         """`make()`, computed in the graph unless `given` is one of the inputs, or was itself made of one."""

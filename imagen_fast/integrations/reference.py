@@ -21,6 +21,7 @@ from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
 from ._graphed import Prepare, of_step, of_text
 from ._packed import PackedLinear
 from ._reference_t5 import T5_FORMS
+from ._time import projected
 
 # ---- Fused forms
 
@@ -35,7 +36,7 @@ class FusedResnetBlock(Fused, ResnetBlock):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = group_norm_act(self.norm1, x, "silu")
         h = self.conv1(resampled(h, self.resample))
-        scale, shift = self.modulation(F.silu(embedding)).chunk(2, dim=1)
+        scale, shift = projected(self.modulation, embedding, "silu").chunk(2, dim=1)
         h = group_norm_act(self.norm2, h, "silu", scale=scale, shift=shift)
         h = self.conv2(self.dropout(h))
         return self.skip(resampled(x, self.resample)) + h
