@@ -221,8 +221,10 @@ def cuda_architectures(toolkit: Toolkit) -> list[str]:
 
 
 def gencode(architecture: str) -> list[str]:
-    """Machine code for 10.0 and later comes from the PTX of 9.0, which has all that the kernels use: from their own PTX,
-    which nvcc unrolls more, it takes up to four times as long to compile. A suffix, as in 10.0a, asks for their own."""
+    """Machine code for 10.0 and later comes from the PTX of 9.0, which has all that the kernels use.
+
+    Their own PTX, which nvcc unrolls more, takes up to four times as long to compile. A suffix (10.0a) asks for it.
+    """
     name, _, ptx = architecture.partition("+")
     number = name.replace(".", "")
     virtual = "90" if re.fullmatch(r"1\d\d", number) else number
