@@ -20,8 +20,10 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 GET  := $(PIP) install --no-compile
 
-# While the libraries are built, pip installs what their building does not need.
+# While the libraries are built, pip installs what their building does not need. Of `make clean test` each waits its turn.
+ifeq ($(word 2,$(MAKECMDGOALS)),)
 MAKEFLAGS += -j2
+endif
 unexport MAKEFLAGS
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
