@@ -223,7 +223,7 @@ def cuda_architectures(toolkit: Toolkit) -> list[str]:
 def gencode(architecture: str) -> list[str]:
     """Machine code for 10.0 and later comes from the PTX of 9.0, which has all that the kernels use.
 
-    Their own PTX, which nvcc unrolls more, takes up to four times as long to compile. A suffix (10.0a) asks for it.
+    Their own PTX, which nvcc unrolls more, takes three times as long to compile. A suffix (10.0a) asks for it.
     """
     name, _, ptx = architecture.partition("+")
     number = name.replace(".", "")
