@@ -5,20 +5,25 @@
 
 The first argument is a checkout of the library's sources, of the version that is installed; then files or folders of
 tests in it, and options of pytest after `--`. Prints how the tests ended both ways and the names of those that pass
-plain and do not accelerated; exits with 1 if there are any.
+plain and do not accelerated; exits with 1 if there are any. `--json FILE` records it, `--path FOLDER` is for what the
+tests import and this environment lacks.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 CLASSES = {
@@ -56,12 +61,15 @@ def pytest_configure() -> None:
             accelerated(getattr(library, name))
 
 
-def outcomes(checkout: Path, tests: list[str], options: list[str], host: str | None) -> dict[str, str]:
+def outcomes(
+    checkout: Path, tests: list[str], options: list[str], host: str | None, paths: tuple[Path, ...] = ()
+) -> dict[str, str]:
     """How every test ended: "passed", "failed" or "skipped"; accelerated if a host is named."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(checkout)])}
+        path = [Path(__file__).parent, checkout, *paths]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(folder.resolve()) for folder in path)}
         if host is not None:
             command += ["-p", PLUGIN]
             environment |= {"IMAGEN_FAST_HOSTS": host}
@@ -78,25 +86,56 @@ def outcomes(checkout: Path, tests: list[str], options: list[str], host: str | N
         return found
 
 
+def record(host: str, tests: list[str], plain: dict[str, str], accelerated: dict[str, str]) -> dict[str, Any]:
+    """What a run leaves behind: the host's version, the classes accelerated, how the tests ended, and from where."""
+    from imagen_fast import provenance
+
+    return {
+        "host": host,
+        "version": importlib.metadata.version(host.replace("_", "-")),
+        "classes": list(CLASSES[host]),
+        "tests": tests,
+        "plain": dict(sorted(Counter(plain.values()).items())),
+        "accelerated": dict(sorted(Counter(accelerated.values()).items())),
+        "broken": broken(plain, accelerated),
+        "failed_plain": sorted(name for name, ended in plain.items() if ended == "failed"),
+        "provenance": dataclasses.asdict(provenance.collect()),
+    }
+
+
+def broken(plain: dict[str, str], accelerated: dict[str, str]) -> list[str]:
+    """The tests that pass plain and do not accelerated."""
+    return sorted(name for name, ended in plain.items() if ended == "passed" and accelerated.get(name) != "passed")
+
+
 def main() -> int:
     arguments, _, options = " ".join(sys.argv[1:]).partition(" -- ")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("tests", nargs="+")
     parser.add_argument("--host", choices=CLASSES, help="default: the name of the checkout's folder")
+    parser.add_argument("--path", type=Path, action="append", default=[], help="a folder for PYTHONPATH; repeatable")
+    parser.add_argument("--json", type=Path, help="a file to record the outcome in")
     given = parser.parse_args(arguments.split())
     host = given.host or given.checkout.resolve().name.replace("-", "_")
     if host not in CLASSES:
         parser.error(f"--host is needed: {host!r} is none of {', '.join(CLASSES)}")
 
-    plain = outcomes(given.checkout, given.tests, options.split(), None)
-    accelerated = outcomes(given.checkout, given.tests, options.split(), host)
-    broken = [name for name, ended in plain.items() if ended == "passed" and accelerated.get(name) != "passed"]
+    plain = outcomes(given.checkout, given.tests, options.split(), None, tuple(given.path))
+    accelerated = outcomes(given.checkout, given.tests, options.split(), host, tuple(given.path))
+    differences = broken(plain, accelerated)
+    if given.json:
+        from imagen_fast.files import atomic_file
+
+        sys.path[:0] = map(str, given.path)  # the host may stand in one of them
+        found = record(host, given.tests, plain, accelerated)
+        with atomic_file(given.json) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"plain:       {dict(Counter(plain.values()))}")
     print(f"accelerated: {dict(Counter(accelerated.values()))}")
-    for name in broken:
+    for name in differences:
         print(f"passes plain, {accelerated.get(name, 'missing')} accelerated: {name}")
-    return int(bool(broken))
+    return int(bool(differences))
 
 
 if __name__ == "__main__":
