@@ -61,11 +61,13 @@ def run(
     """
     out = check_picture_path(out)
     load = os.getloadavg()[0]
+    import torch
+
     import imagen_fast
 
     eager = imagen_fast.models.Imagen.from_pretrained(model)
     accelerated = copy.deepcopy(eager)
-    report = imagen_fast.accelerate(accelerated)
+    report = imagen_fast.accelerate(accelerated, memory_format=torch.channels_last)
     print(report)
     comparisons = compare(eager, accelerated, PROMPTS, seed=seed, steps=steps, progress=progress)
     save_picture(draw(comparisons), out)

@@ -243,18 +243,17 @@ def _run_linear(packed: _Packed, x: Tensor, activation: str | None, add: Tensor 
 
 
 def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    # With a packed weight oneDNN makes NHWC of NCHW; and PyTorch has another algorithm for small ones in float32.
+    if weight is None or x.dim() != 4 or not (_is_channels_last(x) or _is_channels_last(weight)):
+        return None
     if not _kept_here(layer, "packed"):
         return None
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     fits = (
-        weight is not None
-        and x.dim() == 4
-        and layer.padding_mode == "zeros"
+        layer.padding_mode == "zeros"
         and isinstance(layer.padding, tuple)
         and x.shape[1] == weight.shape[1] * layer.groups
         and min(_conv2d_shape(layer, x)) > 0
-        # With a packed weight oneDNN makes NHWC of NCHW; and PyTorch has another algorithm for small ones in float32.
-        and (_is_channels_last(x) or _is_channels_last(weight))
     )
     transforms = fits and _transforms(layer, x)
     if not fits or not (transforms or _has_onednn(x.dtype)) or not _can_pack((weight,), (bias,), x):

@@ -19,7 +19,7 @@ from ..models.unet import UNet
 from . import Integration
 from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
 from ._graphed import Prepare, of_step, of_text
-from ._packed import PackedLinear
+from ._packed import PackedConv2d, PackedLinear, conv2d
 from ._reference_t5 import T5_FORMS
 from ._time import projected
 
@@ -35,11 +35,10 @@ class FusedResnetBlock(Fused, ResnetBlock):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = group_norm_act(self.norm1, x, "silu")
-        h = self.conv1(resampled(h, self.resample))
+        h = conv2d(self.conv1, resampled(h, self.resample))
         scale, shift = projected(self.modulation, embedding, "silu").chunk(2, dim=1)
         h = group_norm_act(self.norm2, h, "silu", scale=scale, shift=shift)
-        h = self.conv2(self.dropout(h))
-        return self.skip(resampled(x, self.resample)) + h
+        return conv2d(self.conv2, self.dropout(h), add=self.skip(resampled(x, self.resample)))
 
 
 class FusedAttention(Fused, Attention):
@@ -162,7 +161,7 @@ def _graphed(part: nn.Module) -> Prepare | None:
 
 INTEGRATION = Integration(
     serves=(Imagen, UNet, EfficientUNet, T5Encoder),
-    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS, PackedLinear),
+    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS, PackedLinear, PackedConv2d),
     parts=_parts,
     runs=_runs,
     graphed=_graphed,
