@@ -243,11 +243,11 @@ def _run_linear(packed: _Packed, x: Tensor, activation: str | None, add: Tensor 
 
 
 def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
+    if not _kept_here(layer, "packed"):
+        return None
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     # With a packed weight oneDNN makes NHWC of NCHW; and PyTorch has another algorithm for small ones in float32.
     if weight is None or x.dim() != 4 or not (_is_channels_last(x) or _is_channels_last(weight)):
-        return None
-    if not _kept_here(layer, "packed"):
         return None
     fits = (
         layer.padding_mode == "zeros"
