@@ -47,7 +47,7 @@ def imagen(monkeypatch):
             raise CheckpointError(f"{name} is not a checkpoint: it has no config.json")
         return model
 
-    def accelerate(model):
+    def accelerate(model, **options):
         model.accelerated = True
         return "the report"
 
