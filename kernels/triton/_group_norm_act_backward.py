@@ -67,10 +67,11 @@ def group_norm_act_backward_slab_kernel(
     m_kc = (o_c // channels_per_group)[None, :] == o_k[:, None]  # [K, C]
     m_kc = m_kc & m_c[None, :]
     m_x = m_c[:, None] & (o_l < positions)[None, :]  # [C, L]
-    o_x = i_b * channels * positions + (i_c + o_c)[:, None] * stride_c + o_l.to(tl.int64)[None, :] * stride_l
+    o_x = o_c.to(tl.int64)[:, None] * stride_c + o_l.to(tl.int64)[None, :] * stride_l
+    offset = i_b * channels * positions + i_c * stride_c
 
-    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_dy = tl.load(p_dy + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + offset + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_dy = tl.load(p_dy + offset + o_x, mask=m_x, other=0.0).to(tl.float32)
     o_g = i_b * groups + i_g + o_k
     b_mean = of_channels(tl.load(p_mean + o_g, mask=m_k, other=0.0), m_kc)  # [C]
     b_mean_error = of_channels(tl.load(p_mean_error + o_g, mask=m_k, other=0.0), m_kc)
@@ -102,10 +103,10 @@ def group_norm_act_backward_slab_kernel(
 
     if NEEDS_X:
         size = product(channels_per_group, positions)
-        b_constant = of_channels(sum_of_groups(b_factor * b_sum_dt, m_kc) / size, m_kc)  # [C]
-        b_slope = of_channels(sum_of_groups(b_factor * b_sum_dt_xhat, m_kc) / size, m_kc)
-        b_dx = b_dt * b_factor[:, None] - b_constant[:, None] - b_xhat * b_slope[:, None]
-        tl.store(p_dx + o_x, (b_rstd[:, None] * b_dx).to(p_dx.dtype.element_ty), mask=m_x)
+        b_constant = b_rstd * of_channels(sum_of_groups(b_factor * b_sum_dt, m_kc) / size, m_kc)  # [C]
+        b_slope = b_rstd * of_channels(sum_of_groups(b_factor * b_sum_dt_xhat, m_kc) / size, m_kc)
+        b_dx = b_dt * (b_rstd * b_factor)[:, None] - b_constant[:, None] - b_xhat * b_slope[:, None]
+        tl.store(p_dx + offset + o_x, b_dx.to(p_dx.dtype.element_ty), mask=m_x)
 
 
 @triton.jit

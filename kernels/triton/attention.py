@@ -41,7 +41,7 @@ class _Tiles(NamedTuple):
 def _tiles(kind: str, q: Tensor) -> _Tiles:
     width = q.shape[3]
     block_d = max(power_of_two_at_least(width), _SMALLEST_TILE)
-    row = CONFIGURATIONS.find(f"{kind}_float32" if q.dtype == torch.float32 else kind, device_of(q), block_d)
+    row = CONFIGURATIONS.find(kind, device_of(q), block_d)
     assert row is not None, "heads wider than 256"
     block_m = min(row["queries"], max(power_of_two_at_least(q.shape[2]), _SMALLEST_TILE))
     return _Tiles(width, block_d, block_m, row["keys"], row["num_warps"], row["num_stages"])
@@ -106,7 +106,7 @@ def forward(
     out, lse = _like(q, q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tiles = _tiles("forward", q)
+    tiles = _tiles("forward_float32" if q.dtype == torch.float32 else "forward", q)
     diagonal = _by_diagonal(table, buckets)
     wrap_triton(_forward.attention_forward_kernel)[(ceil_div(queries, tiles.BLOCK_M) * batch * heads,)](
         p_q=q,
@@ -246,7 +246,8 @@ def backward(
     if context_k is not None and context_v is not None:
         segments.insert(0, _Segment(context_k, context_v, 0, False))
     diagonal = _by_diagonal(table, buckets)
-    tiles = _tiles("backward", q)
+    kind = "backward" if q_scale is None else "backward_normalised"  # whose keys have two parts
+    tiles = _tiles("backward_float32" if q.dtype == torch.float32 else kind, q)
     delta = torch.empty_like(lse)
     problem = _Problem(q, segments, bias, diagonal, key_mask, q_scale, k_scale, scale, dout, lse, delta, tiles)
     if q.dtype == torch.float32:

@@ -28,9 +28,6 @@ import triton_resources
 from triton_resources import OPS, TABLES, Compiled, compile_all
 
 WRITE = "python tools/triton_resources.py --write"
-MOST_SPILLED = 32  # bytes of a thread: a few numbers that wait outside of a loop
-# More, by op: attention's heads of 256 in float32, whose products do without tensor cores and hold rows of D numbers
-SPILLED = {"attention": 272}
 
 ops = pytest.mark.parametrize("op", OPS)
 
@@ -85,8 +82,8 @@ def too_much_shared_memory(kernels: kernel_resources.Kernels, limits: dict[str, 
 
 
 @ops
-def test_next_to_nothing_spills(op: str) -> None:
-    spilled = kernel_resources.spills({op: table(op)}, SPILLED.get(op, MOST_SPILLED))
+def test_nothing_spills(op: str) -> None:
+    spilled = kernel_resources.spills({op: table(op)})
     assert not spilled, f"registers spill to memory; change kernels/triton/{op}.json:\n" + "\n".join(spilled)
 
 
