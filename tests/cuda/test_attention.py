@@ -177,7 +177,7 @@ def test_blocks_and_threads_in_any_order(kind: str, order: str, emulator: Emulat
 
 
 @pytest.mark.instrumented
-@pytest.mark.parametrize("kind", ["everything", "bias", "shared-bias", "fp32", "one-stage", "unaligned"])
+@pytest.mark.parametrize("kind", ["everything", "bias", "shared-bias", "fp32", "one-stage", "windows", "unaligned"])
 def test_every_access_is_in_order_and_in_bounds(kind: str, emulator: Emulator) -> None:
     """What is asserted is that the instrumented process reports nothing."""
     emulator(**(ADA if kind == "one-stage" else HOPPER))
@@ -187,6 +187,7 @@ def test_every_access_is_in_order_and_in_bounds(kind: str, emulator: Emulator) -
         "shared-bias": lambda: with_bias(1, 1, 1, 32, queries=35, keys=23),
         "fp32": lambda: everything(batch=1, queries=19, keys=37, dtype=torch.float32),
         "one-stage": lambda: inputs(queries=65, keys=66, q_heads=1, width=256),
+        "windows": lambda: everything(batch=1, q_heads=1, queries=19, keys=520, width=8),  # one has 512 columns
         "unaligned": lambda: {name: unaligned(x) for name, x in inputs().items()},
     }[kind]()
     assert all(result.isfinite().all() for result in results(arguments))

@@ -275,6 +275,15 @@ def test_vectors_of_length_zero_stay_zero(kernel: str) -> None:
     torch.testing.assert_close(out[:, :, 2], v.mean(2))
 
 
+def test_vectors_below_the_smallest_length(kernel: str) -> None:
+    """They are divided by 1e-12 whatever their length is, so that their gradient has all its directions."""
+    arguments = inputs(context=7)
+    for name in ("q", "k", "context_k"):
+        arguments[name][:, :, 2] *= 1e-13
+    scales = {name: torch.randn(16) for name in ("q_scale", "k_scale")}
+    assert_op_as_accurate(ops.attention, **arguments, **scales)
+
+
 # ---- Values
 
 
