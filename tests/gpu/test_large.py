@@ -46,3 +46,33 @@ def test_group_norm_act(channels_last: bool, backend: str) -> None:
         alone = ops.group_norm_act(x[1:], 4)
     torch.testing.assert_close(whole[1:], alone)
     assert whole[1].float().std() > 0.1
+
+
+def sequences(width: int) -> torch.Tensor:
+    x = torch.randn(2, 2**30 // width + 24, width, device="cuda", dtype=torch.float16)
+    assert x.numel() > 2**31
+    return x
+
+
+def test_rms_norm(backend: str) -> None:
+    """Forward and backward."""
+    x, weight = sequences(64).requires_grad_(), torch.ones(64, device="cuda")
+    end = x.detach()[1:, -1024:].clone().requires_grad_()
+    whole, alone = ops.rms_norm(x, weight), ops.rms_norm(end, weight)
+    torch.testing.assert_close(whole[1:, -1024:], alone)
+    assert alone.float().std() > 0.1
+    (dx,) = torch.autograd.grad(whole, x, whole.detach())
+    (expected,) = torch.autograd.grad(alone, end, alone.detach())
+    torch.testing.assert_close(dx[1:, -1024:], expected)
+
+
+def test_gated_gelu(backend: str) -> None:
+    """Forward and backward, from one packed tensor, whose halves are read where they are."""
+    packed = sequences(128).requires_grad_()
+    end = packed.detach()[1:, -1024:].clone().requires_grad_()
+    whole, alone = ops.gated_gelu(packed), ops.gated_gelu(end)
+    torch.testing.assert_close(whole[1:, -1024:], alone)
+    assert alone.float().std() > 0.1
+    (dpacked,) = torch.autograd.grad(whole, packed, whole.detach())
+    (expected,) = torch.autograd.grad(alone, end, alone.detach())
+    torch.testing.assert_close(dpacked[1:, -1024:], expected)
