@@ -3,7 +3,8 @@
 Every block projects the same embedding by a layer of its own. Which layers do is found by watching: those that were
 given one tensor in a call are taken together in the next, when the first of them comes. Without gradients alone, and of
 layers that are plain (`why_called`); any other is called. A result is given only for the very tensor that it was made
-of, with the weight that it was made with.
+of, with the numbers and the weight that it was made with: writes to a tensor are counted, except to one of inference
+mode, so on the CPU its numbers are compared, and on a device, where that would wait, such a tensor is not taken.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class _Pass(threading.local):
 
     x: weakref.ref[Tensor] | None = None
     version: int | None = None
+    numbers: Tensor | None = None
     activation: str | None = None
 
     def __init__(self) -> None:
@@ -45,13 +47,20 @@ class _Pass(threading.local):
         self.made: dict[int, _Made] = {}
 
     def is_of(self, x: Tensor, activation: str | None) -> bool:
-        return self.x is not None and self.x() is x and self.version == _version(x) and self.activation == activation
+        return (
+            self.x is not None
+            and self.x() is x
+            and self.version == _version(x)
+            and self.activation == activation
+            and (self.numbers is None or torch.equal(self.numbers, x))
+        )
 
     def begin(self, layer: nn.Module, x: Tensor, activation: str | None) -> None:
         first = self.layers[0]() if len(self.layers) > 1 else None
         if first is not None:
             _groups[first] = self.layers
         self.x, self.version, self.activation = weakref.ref(x), _version(x), activation
+        self.numbers = x.detach().clone() if x.device.type == "cpu" else None
         self.layers, self.made = [], {}
         layers = [other for reference in _groups.get(layer, ()) if (other := reference()) is not None]
         layers = list(dict.fromkeys(other for other in layers if _can_join(other, layer, x)))
@@ -72,6 +81,8 @@ def projected(layer: Any, x: Tensor, activation: str | None) -> Tensor:
         activation: as of `ops.group_norm_act`.
     """
     if torch.compiler.is_compiling() or not values_kept() or not is_plain(x) or not _can_join(layer, layer, x):
+        return layer(ACTIVATIONS[activation](x))
+    if x.is_inference() and x.device.type != "cpu":
         return layer(ACTIVATIONS[activation](x))
     if not _pass.is_of(x, activation):
         _pass.begin(layer, x, activation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -124,3 +125,16 @@ def test_joined_weights_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     kept(layers[0]).clear()
     assert all(torch.equal(a, b(given)) for a, b in zip(_time._together(others, given), others, strict=True))
     assert not kept(layers[0])
+
+
+@pytest.mark.parametrize("hidden", ["inference mode", "data"])
+def test_writes_that_pytorch_does_not_count(hidden: str, together: list[int]) -> None:
+    layers = build()
+    for seed in range(2):
+        run(layers, seed)
+    with torch.inference_mode() if hidden == "inference mode" else nullcontext():
+        x = torch.randn(2, 8)
+        projected(layers[0], x, "silu")
+        assert together == [3, 3]
+        x.data.copy_(torch.randn(2, 8))
+        torch.testing.assert_close(projected(layers[1], x, "silu"), layers[1](F.silu(x)), rtol=1e-6, atol=1e-6)
