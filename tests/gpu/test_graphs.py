@@ -15,23 +15,17 @@ from imagen_fast.integrations._graphed import GraphedForward
 from imagen_fast.models import T5Encoder, UNet, UNetConfig
 from imagen_fast.models.t5 import T5Config
 
-IF = {
+from ..integrations.unet_configs import IF
+
+WIDER = {
     "sample_size": 16,
-    "layers_per_block": 1,
+    "norm_num_groups": 32,
     "block_out_channels": (64, 128),
-    "in_channels": 3,
-    "out_channels": 6,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "act_fn": "gelu",
     "attention_head_dim": 64,
-    "addition_embed_type": "text",
     "addition_embed_type_num_heads": 8,
     "cross_attention_dim": 96,
-    "cross_attention_norm": "group_norm",
     "encoder_hid_dim": 96,
-    "resnet_time_scale_shift": "scale_shift",
+    "time_embedding_act_fn": None,
 }
 T5_SIZES = {"vocab_size": 384, "d_model": 128, "d_kv": 64, "d_ff": 256, "num_layers": 3, "num_heads": 2}
 
@@ -45,7 +39,7 @@ TEXTS = {seed: normal(2, 9, 96, seed=seed) for seed in range(2)} if torch.cuda.i
 
 def unet_of_diffusers() -> tuple[Any, Callable[[int], Any]]:
     diffusers = pytest.importorskip("diffusers")
-    model = diffusers.UNet2DConditionModel(**IF)
+    model = diffusers.UNet2DConditionModel(**IF | WIDER)
     return model, lambda i: (normal(2, 3, 16, 16, seed=i), 100 * i, TEXTS[i // 4])
 
 

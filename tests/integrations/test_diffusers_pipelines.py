@@ -12,30 +12,12 @@ from torch import Tensor
 
 import imagen_fast
 
+from .unet_configs import IF
+
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
 
-UNET = {
-    "sample_size": 8,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "block_out_channels": (16, 32),
-    "in_channels": 3,
-    "out_channels": 6,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "act_fn": "gelu",
-    "attention_head_dim": 8,
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 2,
-    "cross_attention_dim": 32,
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim": 24,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_act_fn": "gelu",
-}
 SUPER_RESOLUTION = {
-    **UNET,
+    **IF,
     "sample_size": 16,
     "in_channels": 6,
     "class_embed_type": "timestep",
@@ -65,7 +47,7 @@ def build(name: str) -> Any:
         "variance_type": "learned_range",
     }
     parts: dict[str, Any] = {
-        "unet": diffusers.UNet2DConditionModel(**(SUPER_RESOLUTION if larger else UNET)).eval(),
+        "unet": diffusers.UNet2DConditionModel(**(SUPER_RESOLUTION if larger else IF)).eval(),
         "scheduler": diffusers.DDPMScheduler(**scheduler),
     }
     if larger:

@@ -15,27 +15,13 @@ from torch import Tensor, nn
 import imagen_fast
 from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate
 
+from .unet_configs import IF
+
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
 
 BLOCKS = {"sample_size": 16, "layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": (32, 64)}
 
-IF_BASE = {
-    **BLOCKS,
-    "in_channels": 3,
-    "out_channels": 6,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "act_fn": "gelu",
-    "attention_head_dim": 8,
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 2,
-    "cross_attention_dim": 32,
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim": 24,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_act_fn": "gelu",
-}
+IF_BASE = {**IF, **BLOCKS}
 IF_SUPER_RESOLUTION = {
     **IF_BASE,
     "in_channels": 6,

@@ -15,27 +15,7 @@ from imagen_fast.models import T5Encoder
 from imagen_fast.models.t5 import T5Config
 
 from .recorder import OperatorRecorder, recording_here
-
-IF = {
-    "sample_size": 8,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "block_out_channels": (16, 32),
-    "in_channels": 3,
-    "out_channels": 6,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "act_fn": "gelu",
-    "attention_head_dim": 8,
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 2,
-    "cross_attention_dim": 32,
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim": 24,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_act_fn": "gelu",
-}
+from .unet_configs import IF
 
 
 @pytest.fixture

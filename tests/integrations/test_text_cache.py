@@ -14,28 +14,13 @@ from torch import Tensor, nn
 import imagen_fast
 from imagen_fast.integrations import _text
 
+from .unet_configs import IF
+
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
 
 from imagen_fast.integrations import _diffusers_blocks  # noqa: E402  # imports diffusers
 
 BLOCKS = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": (16, 32)}
-IF = {
-    **BLOCKS,
-    "in_channels": 3,
-    "out_channels": 6,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    "act_fn": "gelu",
-    "attention_head_dim": 8,
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 2,
-    "cross_attention_dim": 32,
-    "cross_attention_norm": "group_norm",
-    "encoder_hid_dim": 24,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_act_fn": "gelu",
-}
 SUPER_RESOLUTION = {**IF, "mid_block_only_cross_attention": True, "only_cross_attention": True}
 STABLE_DIFFUSION = {
     **BLOCKS,
