@@ -1,5 +1,7 @@
 """`make demo`: four sentences drawn by the same model with and without the kernels, side by side.
 
+Eager runs as the model is loaded, accelerated in channels-last memory, which makes eager faster too.
+
 Both ways start from the same seed. For each prompt they run one after the other, in turns which goes first, after a
 warm-up of both that is not timed.
 """
@@ -73,6 +75,7 @@ def run(
     save_picture(draw(comparisons), out)
     print(f"\n{table(comparisons)}\n")
     print(f"Seconds for one prompt at a time, with {_threads()} threads, from seed {seed}; a warm-up is not counted.")
+    print("Eager is as loaded; in channels-last memory, where the accelerated model is, it would be faster too.")
     if load > (os.cpu_count() or 1):
         print(f"Other work was running when this began (load {load:.1f}): the seconds say little.")
     print("Differences between the two pictures are in levels of 0 to 255.")
