@@ -121,9 +121,6 @@ struct Twice {
   friend IMAGEN_FAST_INLINE Twice divide_roughly(Twice a, Twice b) {
     return {divide_roughly(a.first, b.first), divide_roughly(a.second, b.second)};
   }
-  friend IMAGEN_FAST_INLINE Twice divide_by_up_to_infinity(Twice a, Twice b) {
-    return {divide_by_up_to_infinity(a.first, b.first), divide_by_up_to_infinity(a.second, b.second)};
-  }
   friend IMAGEN_FAST_INLINE Twice multiply_where(Mask mask, Twice a, Twice b) {
     return {multiply_where(mask.first, a.first, b.first), multiply_where(mask.second, a.second, b.second)};
   }
@@ -153,8 +150,8 @@ struct Twice {
   }
 };
 
-// Whether times_power_of_two gives infinity where the result is too large; then divide_roughly, and
-// divide_by_up_to_infinity, divide by that to 0 (or NaN, infinity by infinity).
+// Whether times_power_of_two gives infinity where the result is too large, and divide_roughly divides by that, as
+// divide does, to 0 (or NaN, infinity by infinity).
 template <typename V>
 constexpr bool kOverflowsToInfinity = false;
 template <typename V>

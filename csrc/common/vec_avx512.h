@@ -123,21 +123,10 @@ struct Vec<float> {
   friend IMAGEN_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec abs(Vec a) { return Vec(_mm512_abs_ps(a.raw)); }
   friend IMAGEN_FAST_INLINE Vec negative_abs(Vec a) { return Vec(_mm512_or_ps(a.raw, _mm512_set1_ps(-0.0f))); }
-  // 14 bits of 1 / b, and one Newton step for the rest: a division takes two to three times as long.
-  friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) {
-    const __m512 estimate = _mm512_rcp14_ps(b.raw);
-    const __m512 correction = _mm512_fnmadd_ps(b.raw, estimate, _mm512_set1_ps(2.0f));
-    return Vec(_mm512_mul_ps(_mm512_mul_ps(a.raw, estimate), correction));
-  }
+  // Beside other work that beats a Newton step from 14 bits of 1 / b, whose constants and products take more room.
+  friend IMAGEN_FAST_INLINE Vec divide(Vec a, Vec b) { return Vec(_mm512_div_ps(a.raw, b.raw)); }
   friend IMAGEN_FAST_INLINE Vec divide_roughly(Vec a, Vec b) {
     return Vec(_mm512_mul_ps(a.raw, _mm512_rcp14_ps(b.raw)));
-  }
-  friend IMAGEN_FAST_INLINE Vec divide_by_up_to_infinity(Vec a, Vec b) {
-    const __m512 estimate = _mm512_rcp14_ps(b.raw);
-    // 2, and not 2 - infinity * 0, where b is infinite
-    const __m512 finite = _mm512_min_ps(_mm512_set1_ps(0x1p127f), b.raw);
-    const __m512 correction = _mm512_fnmadd_ps(finite, estimate, _mm512_set1_ps(2.0f));
-    return Vec(_mm512_mul_ps(_mm512_mul_ps(a.raw, estimate), correction));
   }
   // An infinity is split into 0 and itself; 2^-inf is 0, 2^inf infinite.
   friend IMAGEN_FAST_INLINE Split<Vec> split_product(Vec a, Vec b) {

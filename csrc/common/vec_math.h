@@ -17,7 +17,7 @@ constexpr bool kIsFloat = std::is_same_v<typename V::Scalar, float>;
 template <typename T>
 constexpr bool kRoughly = std::is_same_v<T, BFloat16>;
 
-// a / b for a normal, finite b
+// a / b for a normal b, which is infinite only where kOverflowsToInfinity.
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V divide_for(V a, V b) {
   if constexpr (kRoughly<T>) {
@@ -123,8 +123,7 @@ IMAGEN_FAST_INLINE Logistic<V> logistic(V v) {
 template <typename T, typename V>
 IMAGEN_FAST_INLINE V times_logistic(V a, V v) {
   if constexpr (kOverflowsToInfinity<V>) {
-    const V denominator = V(1) + power_of_two<T>(v, -kLog2E);
-    return kRoughly<T> ? divide_roughly(a, denominator) : divide_by_up_to_infinity(a, denominator);
+    return divide_for<T>(a, V(1) + power_of_two<T>(v, -kLog2E));
   } else {
     const V e = exp_negative_abs<T>(v);
     return divide_for<T>(multiply_where(v < V(0), a, e), V(1) + e);

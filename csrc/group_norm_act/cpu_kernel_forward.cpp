@@ -130,21 +130,44 @@ class ChannelsLast {
  public:
   explicit ChannelsLast(const Forward& f) : f_(f), columns_(f.channels), blocks_(f, 32768, 1024) {}
 
-  void run() const {
+  void run() const { should_split_slabs(f_.batch, f_.positions * f_.channels) ? run_split() : run_whole(); }
+
+ private:
+  // A sample at a time
+  void run_whole() const {
+    parallel_for(f_.batch, f_.positions * f_.channels, [&](int64_t begin, int64_t end) {
+      Buffer<S> scratch(3 * columns_.width);
+      Buffer<Moments> moments(blocks_.per_sample * f_.groups);
+      Buffer<Statistics<S>> statistics(f_.groups);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t first = b * blocks_.per_sample;
+        for (int64_t i = 0; i < blocks_.per_sample; ++i) {
+          measure(first + i, scratch.data(), moments.data() + i * f_.groups);
+        }
+        for (int64_t g = 0; g < f_.groups; ++g) statistics[g] = finish(b * f_.groups + g, moments.data() + g);
+        prepare(b, statistics.data(), scratch.data());
+        // Backwards: of a sample larger than the cache, the end is what is still in it.
+        for (int64_t i = blocks_.per_sample - 1; i >= 0; --i) apply(first + i, scratch.data());
+      }
+    });
+  }
+
+  // All threads on all samples, for few and large ones.
+  void run_split() const {
     const int64_t blocks = f_.batch * blocks_.per_sample;
     const int64_t block_elements = blocks_.size * f_.channels;
     Buffer<Moments> moments(blocks * f_.groups);
     parallel_for(blocks, block_elements, [&](int64_t begin, int64_t end) {
       Buffer<S> scratch(3 * columns_.width);
-      for (int64_t i = begin; i < end; ++i) {
-        block_moments(static_cast<const T*>(f_.x) + offset(i), elements(i), columns_, f_.groups, scratch.data(),
-                      moments.data() + i * f_.groups);
-      }
+      for (int64_t i = begin; i < end; ++i) measure(i, scratch.data(), moments.data() + i * f_.groups);
     });
 
     Buffer<Statistics<S>> statistics(f_.batch * f_.groups);
     parallel_for(f_.batch * f_.groups, blocks_.per_sample, [&](int64_t begin, int64_t end) {
-      for (int64_t slab = begin; slab < end; ++slab) statistics[slab] = finish(slab, moments.data());
+      for (int64_t slab = begin; slab < end; ++slab) {
+        const int64_t b = slab / f_.groups;
+        statistics[slab] = finish(slab, moments.data() + b * blocks_.per_sample * f_.groups + slab % f_.groups);
+      }
     });
 
     // Each thread walks its blocks backwards: the last ones it has read are still in its cache.
@@ -155,21 +178,22 @@ class ChannelsLast {
         const int64_t b = i / blocks_.per_sample;
         if (b != prepared) prepare(b, statistics.data() + b * f_.groups, scratch.data());
         prepared = b;
-        apply_columns<T, Act>(static_cast<const T*>(f_.x) + offset(i), static_cast<T*>(f_.y) + offset(i), elements(i),
-                              columns_.width, scratch.data(), scratch.data() + columns_.width,
-                              scratch.data() + 2 * columns_.width);
+        apply(i, scratch.data());
       }
     });
   }
 
- private:
+  // Block i, counted through all samples; scratch holds 3 values a column.
+  void measure(int64_t i, S* scratch, Moments* moments) const {
+    block_moments(static_cast<const T*>(f_.x) + offset(i), elements(i), columns_, f_.groups, scratch, moments);
+  }
+
+  // `moments` are those of the slab's group in its sample's blocks, a block after `groups` others.
   Statistics<S> finish(int64_t slab, const Moments* moments) const {
-    const int64_t b = slab / f_.groups;
     const double group_size = static_cast<double>(f_.channels / f_.groups);
     const double last = static_cast<double>(blocks_.length(blocks_.per_sample - 1));
-    const auto statistics =
-        combine<S>(moments + b * blocks_.per_sample * f_.groups + slab % f_.groups, f_.groups, blocks_.per_sample,
-                   group_size * static_cast<double>(blocks_.size), group_size * last, f_.eps);
+    const auto statistics = combine<S>(moments, f_.groups, blocks_.per_sample,
+                                       group_size * static_cast<double>(blocks_.size), group_size * last, f_.eps);
     save(f_, slab, statistics);
     return statistics;
   }
@@ -193,7 +217,12 @@ class ChannelsLast {
     columns_.repeat(offset);
   }
 
-  // Of block i, counted through all samples
+  // Block i, with what `prepare` made of its sample
+  void apply(int64_t i, const S* scratch) const {
+    apply_columns<T, Act>(static_cast<const T*>(f_.x) + offset(i), static_cast<T*>(f_.y) + offset(i), elements(i),
+                          columns_.width, scratch, scratch + columns_.width, scratch + 2 * columns_.width);
+  }
+
   int64_t offset(int64_t i) const {
     const int64_t b = i / blocks_.per_sample;
     return (b * f_.positions + blocks_.begin(i % blocks_.per_sample)) * f_.channels;
