@@ -130,3 +130,11 @@ def scores(
 def finite_or_zero(b_x):
     """x, and 0 in the place of -inf: what may be subtracted from scores of which all are -inf."""
     return tl.where(b_x == MINUS_INFINITY, 0.0, b_x)
+
+
+@triton.jit
+def probabilities(b_s, p_lse, i_m, o_m, m_m):
+    """exp(s - lse), 0 where there is nothing to attend to. [M, N]"""
+    b_lse = tl.load(p_lse + i_m + o_m, mask=m_m, other=0.0)
+    b_p = tl.exp(b_s - tl.where(b_lse == MINUS_INFINITY, 0.0, b_lse)[:, None])
+    return tl.where(m_m[:, None], b_p, 0.0)

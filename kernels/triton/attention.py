@@ -16,6 +16,8 @@ from torch import Tensor
 from .._triton import INTERPRETED, Configurations, ceil_div, device_of, power_of_two_at_least, wrap_triton
 from ..reference.attention import heads_are_inner
 from . import _attention_backward as _backward
+from . import _attention_backward_queries as _backward_queries
+from . import _attention_delta as _deltas
 from . import _attention_forward as _forward
 
 CONFIGURATIONS = Configurations("attention")
@@ -38,10 +40,17 @@ class _Tiles(NamedTuple):
         return {"D": self.D, "BLOCK_D": self.BLOCK_D, "BLOCK_M": self.BLOCK_M}
 
 
-def _tiles(kind: str, q: Tensor) -> _Tiles:
+def _kind(direction: str, q: Tensor, q_scale: Tensor | None) -> str:
+    """The name under which the tiles of such a call stand in the launch configurations."""
+    if q.dtype == torch.float32:
+        return f"{direction}_float32"
+    return direction if q_scale is None else f"{direction}_normalised"  # whose keys have two parts
+
+
+def _tiles(direction: str, q: Tensor, q_scale: Tensor | None) -> _Tiles:
     width = q.shape[3]
     block_d = max(power_of_two_at_least(width), _SMALLEST_TILE)
-    row = CONFIGURATIONS.find(kind, device_of(q), block_d)
+    row = CONFIGURATIONS.find(_kind(direction, q, q_scale), device_of(q), block_d)
     assert row is not None, "heads wider than 256"
     block_m = min(row["queries"], max(power_of_two_at_least(q.shape[2]), _SMALLEST_TILE))
     return _Tiles(width, block_d, block_m, row["keys"], row["num_warps"], row["num_stages"])
@@ -106,7 +115,7 @@ def forward(
     out, lse = _like(q, q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tiles = _tiles("forward_float32" if q.dtype == torch.float32 else "forward", q)
+    tiles = _tiles("forward", q, q_scale)
     diagonal = _by_diagonal(table, buckets)
     wrap_triton(_forward.attention_forward_kernel)[(ceil_div(queries, tiles.BLOCK_M) * batch * heads,)](
         p_q=q,
@@ -246,8 +255,7 @@ def backward(
     if context_k is not None and context_v is not None:
         segments.insert(0, _Segment(context_k, context_v, 0, False))
     diagonal = _by_diagonal(table, buckets)
-    kind = "backward" if q_scale is None else "backward_normalised"  # whose keys have two parts
-    tiles = _tiles("backward_float32" if q.dtype == torch.float32 else kind, q)
+    tiles = _tiles("backward", q, q_scale)
     delta = torch.empty_like(lse)
     problem = _Problem(q, segments, bias, diagonal, key_mask, q_scale, k_scale, scale, dout, lse, delta, tiles)
     if q.dtype == torch.float32:
@@ -279,7 +287,7 @@ def _delta(problem: _Problem, out: Tensor) -> None:
     """Fills delta (B, Hq, Lq) with the sum over D of dout out."""
     batch, heads, queries, _ = out.shape
     tiles = problem.tiles
-    wrap_triton(_backward.attention_delta_kernel)[(ceil_div(queries, tiles.BLOCK_M) * batch * heads,)](
+    wrap_triton(_deltas.attention_delta_kernel)[(ceil_div(queries, tiles.BLOCK_M) * batch * heads,)](
         p_out=out,
         p_dout=problem.dout,
         p_delta=problem.delta,
@@ -294,7 +302,7 @@ def _delta(problem: _Problem, out: Tensor) -> None:
 def _exact_delta(problem: _Problem) -> None:
     """Fills delta with the sum over the keys of P dP."""
     batch, heads, queries, _ = problem.q.shape
-    wrap_triton(_backward.attention_exact_delta_kernel)[(ceil_div(queries, problem.tiles.BLOCK_M) * batch * heads,)](
+    wrap_triton(_deltas.attention_exact_delta_kernel)[(ceil_div(queries, problem.tiles.BLOCK_M) * batch * heads,)](
         **problem.arguments_of_queries()
     )
 
@@ -310,7 +318,7 @@ def _differentiate_queries(
     dq = _like(q, q.shape)
     dq_scale = q.new_empty((blocks * batch * heads, width), dtype=torch.float32)
     dtable = q.new_empty((batch, heads, blocks, rows), dtype=torch.float32)
-    wrap_triton(_backward.attention_backward_queries_kernel)[(blocks * batch * heads,)](
+    wrap_triton(_backward_queries.attention_backward_queries_kernel)[(blocks * batch * heads,)](
         **problem.arguments_of_queries(),
         **_strides(dq=dq),
         p_buckets=problem.lse if buckets is None else buckets,

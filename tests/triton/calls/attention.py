@@ -21,6 +21,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield _call(BF16, 64, queries=64, kv_heads=1, context=2, bias="tensor", mask=True, normalised=True)
     yield _call(BF16, 128, queries=256, context=77)
     yield _call(FP32, 64, queries=77, bias="table", mask=True)
+    yield _call(BF16, 256, queries=64, normalised=True, backward=False)
     for dtype in (BF16, FP32):
         yield _call(dtype, 256, queries=128, bias="table", backward=False)
 
