@@ -19,7 +19,7 @@ Tensor quantile(const Tensor& x, double q) {
       uninitialized({&p.batch, 1}, {one, 1}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   if (p.batch == 0) return result;
   p.result = result.mutable_data_ptr();
-  IMAGEN_FAST_KERNEL(abs_quantile_kernel)(p);
+  IMAGEN_FAST_KERNEL(abs_quantile_kernel, p.dtype)(p);
   return result;
 }
 

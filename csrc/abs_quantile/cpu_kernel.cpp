@@ -1,3 +1,4 @@
+#include "../common/element_types.h"
 #include "../common/quantile.h"
 #include "problem.h"
 
@@ -26,12 +27,7 @@ void run(const imagen_fast::abs_quantile::Problem& p) {
 }  // namespace
 
 void abs_quantile_kernel(const imagen_fast::abs_quantile::Problem& problem) {
-  switch (problem.dtype) {
-    case DType::kHalf: return run<Half>(problem);
-    case DType::kBFloat16: return run<BFloat16>(problem);
-    case DType::kFloat: return run<float>(problem);
-    default: return run<double>(problem);
-  }
+  with_element_type(problem.dtype, [&](auto element) { run<decltype(element)>(problem); });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -37,7 +37,7 @@ Tensor run(const Tensor& x0, const Tensor& noise, const Tensor& alphas_cumprod, 
     p.channels = 1;
     p.x0.stride_p = p.noise.stride_p = p.y.stride_p = 1;
   }
-  IMAGEN_FAST_KERNEL(add_noise_kernel)(p);
+  IMAGEN_FAST_KERNEL(add_noise_kernel, p.dtype)(p);
   return y;
 }
 

@@ -1,3 +1,4 @@
+#include "../common/element_types.h"
 #include "../common/parallel.h"
 #include "problem.h"
 
@@ -34,12 +35,7 @@ void run(const imagen_fast::add_noise::Problem& problem) {
 }  // namespace
 
 void add_noise_kernel(const imagen_fast::add_noise::Problem& problem) {
-  switch (problem.dtype) {
-    case DType::kHalf: return run<Half>(problem);
-    case DType::kBFloat16: return run<BFloat16>(problem);
-    case DType::kFloat: return run<float>(problem);
-    default: return run<double>(problem);
-  }
+  with_element_type(problem.dtype, [&](auto element) { run<decltype(element)>(problem); });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   f.out = output_rows(out);
   f.lse = lse.mutable_data_ptr();
   f.matrix_tiles = matrix_tiles();
-  IMAGEN_FAST_KERNEL(attention_forward)(f);
+  IMAGEN_FAST_KERNEL(attention_forward, f.dtype)(f);
   return {out, lse};
 }
 
@@ -64,8 +64,8 @@ NineTensors backward(const Tensor& dout, const Tensor& out, const Tensor& lse, c
   f.dtable = gradients.add_parameter(table);
   f.dq_scale = gradients.add_parameter(q_scale);
   f.dk_scale = gradients.add_parameter(k_scale);
-  IMAGEN_FAST_KERNEL(attention_backward)(f);
-  if (f.dbias.data && !f.has_bias_of_each_score()) IMAGEN_FAST_KERNEL(attention_bias_gradient)(f);
+  IMAGEN_FAST_KERNEL(attention_backward, f.dtype)(f);
+  if (f.dbias.data && !f.has_bias_of_each_score()) IMAGEN_FAST_KERNEL(attention_bias_gradient, f.dtype)(f);
   return gradients.result();
 }
 

@@ -5,6 +5,7 @@
 //   dv += PT dout    dk += dST q    dq += dS k    and dS along each diagonal, for the relative bias
 // in memory of its own: what is shared, by the heads of a group or by the ranges of a head, is added up afterwards, in
 // order. The ranges depend on the sizes alone, and so do all sums.
+#include "../common/element_types.h"
 #include "../common/parallel.h"
 #include "cpu_finish_gradients.h"
 #include "cpu_score_gradients.h"
@@ -296,16 +297,7 @@ void run(const Backward& f) {
 
 void attention_backward(const attention::Backward& f) {
   using namespace attention;
-  switch (f.dtype) {
-    case DType::kHalf: return run<Half, float>(f);
-#ifdef __AVX512BF16__
-    case DType::kBFloat16: return run<BFloat16, BFloat16>(f);
-#else
-    case DType::kBFloat16: return run<BFloat16, float>(f);
-#endif
-    case DType::kFloat: return run<float, float>(f);
-    default: return run<double, double>(f);
-  }
+  with_element_type(f.dtype, [&](auto element) { run<decltype(element), FactorType<decltype(element)>>(f); });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -3,6 +3,7 @@
 // A task has a part of the bias to itself, computes the gradients of all scores that share it, once more, and adds them
 // up in order: samples, heads, queries. That takes no memory beyond the part, where sums across the tasks of
 // cpu_kernel_backward.cpp would take a copy of the bias for each of them.
+#include "../common/element_types.h"
 #include "../common/parallel.h"
 #include "cpu_score_gradients.h"
 
@@ -126,16 +127,7 @@ void run(const Backward& f) {
 
 void attention_bias_gradient(const attention::Backward& f) {
   using namespace attention;
-  switch (f.dtype) {
-    case DType::kHalf: return run<Half, float>(f);
-#ifdef __AVX512BF16__
-    case DType::kBFloat16: return run<BFloat16, BFloat16>(f);
-#else
-    case DType::kBFloat16: return run<BFloat16, float>(f);
-#endif
-    case DType::kFloat: return run<float, float>(f);
-    default: return run<double, double>(f);
-  }
+  with_element_type(f.dtype, [&](auto element) { run<decltype(element), FactorType<decltype(element)>>(f); });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

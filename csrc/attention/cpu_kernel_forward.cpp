@@ -6,6 +6,7 @@
 // and multiplies both by exp(m - m') when a block raises m to m'. Keys and values are packed once per (sample, key
 // head) and thread. What a query adds up, and in which order, depends neither on its block nor on the number of
 // threads.
+#include "../common/element_types.h"
 #include "../common/parallel.h"
 #include "cpu_scores.h"
 #include "cpu_tiles.h"
@@ -206,21 +207,16 @@ void run(const Forward& f) {
 
 void attention_forward(const attention::Forward& f) {
   using namespace attention;
-  switch (f.dtype) {
-    case DType::kHalf: return run<Half, ByVectors<float>>(f);
+  with_element_type(f.dtype, [&](auto element) {
+    using T = decltype(element);
 #ifdef __AVX512BF16__
-    case DType::kBFloat16:
-      switch (f.matrix_tiles) {
-        case MatrixTiles::kHardware: return run<BFloat16, ByTiles<HardwareTiles>>(f);
-        case MatrixTiles::kEmulated: return run<BFloat16, ByTiles<EmulatedTiles>>(f);
-        default: return run<BFloat16, ByVectors<BFloat16>>(f);
-      }
-#else
-    case DType::kBFloat16: return run<BFloat16, ByVectors<float>>(f);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (f.matrix_tiles == MatrixTiles::kHardware) return run<T, ByTiles<HardwareTiles>>(f);
+      if (f.matrix_tiles == MatrixTiles::kEmulated) return run<T, ByTiles<EmulatedTiles>>(f);
+    }
 #endif
-    case DType::kFloat: return run<float, ByVectors<float>>(f);
-    default: return run<double, ByVectors<double>>(f);
-  }
+    run<T, ByVectors<FactorType<T>>>(f);
+  });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -20,7 +20,20 @@ struct Step {
   static IMAGEN_FAST_INLINE Vec<S> multiply_add(Operand a, Operand b, Vec<S> c) { return fma(a, b, c); }
 };
 
+// The E as which tensors of T are multiplied
+template <typename T>
+struct FactorTypeOf {
+  using type = AccumulateType<T>;
+};
+template <typename T>
+using FactorType = typename FactorTypeOf<T>::type;
+
 #ifdef __AVX512BF16__
+template <>
+struct FactorTypeOf<BFloat16> {
+  using type = BFloat16;
+};
+
 template <>
 struct Step<BFloat16> {
   using S = float;

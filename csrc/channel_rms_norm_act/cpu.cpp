@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   f.x = x.const_data_ptr();
   f.y = y.mutable_data_ptr();
   f.rstd = rstd.mutable_data_ptr();
-  IMAGEN_FAST_KERNEL(channel_rms_norm_act_forward)(f);
+  IMAGEN_FAST_KERNEL(channel_rms_norm_act_forward, f.dtype)(f);
   return {y, rstd};
 }
 
@@ -49,7 +49,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& rstd, const 
   f.x = x.const_data_ptr();
   f.rstd = rstd.const_data_ptr();
   f.dx = needs & 1 ? dx.mutable_data_ptr() : nullptr;
-  IMAGEN_FAST_KERNEL(channel_rms_norm_act_backward)(f);
+  IMAGEN_FAST_KERNEL(channel_rms_norm_act_backward, f.dtype)(f);
   return {dx, dweight, dscale, dshift};
 }
 

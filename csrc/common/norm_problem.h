@@ -24,6 +24,7 @@ struct NormProblem {
 
 #ifdef IMAGEN_FAST_ISA
 #include "activations.h"
+#include "element_types.h"
 
 namespace imagen_fast::IMAGEN_FAST_ISA {
 
@@ -40,12 +41,7 @@ inline void dispatch_activation(const NormProblem& problem, Function&& function)
 
 template <typename Function>
 inline void dispatch(const NormProblem& problem, Function&& function) {
-  switch (problem.dtype) {
-    case DType::kHalf: return dispatch_activation<Half>(problem, function);
-    case DType::kBFloat16: return dispatch_activation<BFloat16>(problem, function);
-    case DType::kFloat: return dispatch_activation<float>(problem, function);
-    default: return dispatch_activation<double>(problem, function);
-  }
+  with_element_type(problem.dtype, [&](auto element) { dispatch_activation<decltype(element)>(problem, function); });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -58,7 +58,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   const int64_t strides[] = {p.height * p.width * out_channels, 1, p.width * out_channels, out_channels};
   Tensor y = uninitialized({sizes, 4}, {strides, 4}, dtype_code(x));
   p.y = y.mutable_data_ptr();
-  if (y.numel() > 0) IMAGEN_FAST_KERNEL(conv3x3)(p);
+  if (y.numel() > 0) IMAGEN_FAST_KERNEL_OF(conv3x3, cpu_capability())(p);
   return y;
 }
 

@@ -17,7 +17,7 @@ namespace {
 Tensor forward(const Tensor& gate, const std::optional<Tensor>& value, bool tanh) {
   const Problem p = problem(gate, value, tanh);
   Tensor y = uninitialized_rows_like(gate, p.width);
-  if (y.numel() > 0) IMAGEN_FAST_KERNEL(gated_gelu_forward)({p, mutable_rows(y)});
+  if (y.numel() > 0) IMAGEN_FAST_KERNEL(gated_gelu_forward, p.dtype)({p, mutable_rows(y)});
   return y;
 }
 
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& gate, const 
   if (needs & 1) b.dgate = mutable_rows(dgate);
   if (value && needs & 2) b.dvalue = mutable_rows(dvalue);
   if (!value) b.dvalue = second_half(b.dgate, gate);
-  if (dy.numel() > 0) IMAGEN_FAST_KERNEL(gated_gelu_backward)(b);
+  if (dy.numel() > 0) IMAGEN_FAST_KERNEL(gated_gelu_backward, b.dtype)(b);
   return {dgate, dvalue};
 }
 

@@ -1,6 +1,7 @@
 // gated_gelu on the CPU, and its gradient: dgate = dy * value * gelu'(gate), dvalue = dy * gelu(gate). Compiled once
 // per instruction set.
 #include "../common/activations.h"
+#include "../common/element_types.h"
 #include "../common/parallel.h"
 #include "../common/rows.h"
 #include "problem.h"
@@ -81,12 +82,7 @@ void dispatch_gelu(bool tanh, const Runner& runner) {
 
 template <typename Runner>
 void dispatch(const imagen_fast::gated_gelu::Problem& p, const Runner& runner) {
-  switch (p.dtype) {
-    case DType::kHalf: return dispatch_gelu<Half>(p.tanh, runner);
-    case DType::kBFloat16: return dispatch_gelu<BFloat16>(p.tanh, runner);
-    case DType::kFloat: return dispatch_gelu<float>(p.tanh, runner);
-    default: return dispatch_gelu<double>(p.tanh, runner);
-  }
+  with_element_type(p.dtype, [&](auto element) { dispatch_gelu<decltype(element)>(p.tanh, runner); });
 }
 
 }  // namespace

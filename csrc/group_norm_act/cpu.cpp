@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
     return {y, mean, rstd};
   }
   Forward f{p, eps, x.const_data_ptr(), y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()};
-  IMAGEN_FAST_KERNEL(group_norm_act_forward)(f);
+  IMAGEN_FAST_KERNEL(group_norm_act_forward, f.dtype)(f);
   return {y, mean, rstd};
 }
 
@@ -57,7 +57,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const 
   f.mean = mean.const_data_ptr();
   f.rstd = rstd.const_data_ptr();
   f.dx = needs & 1 ? dx.mutable_data_ptr() : nullptr;
-  IMAGEN_FAST_KERNEL(group_norm_act_backward)(f);
+  IMAGEN_FAST_KERNEL(group_norm_act_backward, f.dtype)(f);
   return {dx, dweight, dbias, dscale, dshift};
 }
 

@@ -30,7 +30,7 @@ Tensor pack(const Tensor& weight) {
   const int64_t columns = weight.size(0), terms = weight.size(1);
   STD_TORCH_CHECK(columns > 0 && terms > 0 && terms % 2 == 0, "packed_linear: weight must have an even last size");
   Tensor packed = uninitialized_matrix(panels(columns), kPanel * terms, dtype_code(weight));
-  IMAGEN_FAST_KERNEL(packed_linear_pack)
+  IMAGEN_FAST_KERNEL_OF(packed_linear_pack, cpu_capability())
   ({static_cast<const BFloat16*>(weight.const_data_ptr()), weight.stride(0), columns, terms,
     static_cast<BFloat16*>(packed.mutable_data_ptr())});
   return packed;
@@ -59,7 +59,7 @@ Tensor forward(const Tensor& x, const Tensor& packed, int64_t columns, const std
   if (add) f.add = rows_like(kName, "add", *add, x, columns);
   Tensor y = uninitialized_rows_like(x, columns);
   f.y = mutable_rows(y);
-  if (y.numel() > 0) IMAGEN_FAST_KERNEL(packed_linear_forward)(f);
+  if (y.numel() > 0) IMAGEN_FAST_KERNEL_OF(packed_linear_forward, cpu_capability())(f);
   return y;
 }
 

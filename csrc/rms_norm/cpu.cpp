@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   }
   f.y = mutable_rows(y);
   f.rstd = rstd.mutable_data_ptr();
-  if (y.numel() > 0) IMAGEN_FAST_KERNEL(rms_norm_forward)(f);
+  if (y.numel() > 0) IMAGEN_FAST_KERNEL(rms_norm_forward, f.dtype)(f);
   return {y, sum, rstd};
 }
 
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor
   if (needs & 1) b.dx = mutable_rows(dx);
   if (needs & 2) b.dweight = {dweight.mutable_data_ptr(), b.weight.dtype};
   if (x.numel() > 0) {
-    IMAGEN_FAST_KERNEL(rms_norm_backward)(b);
+    IMAGEN_FAST_KERNEL(rms_norm_backward, b.dtype)(b);
   } else {
     torch::stable::fill_(dweight, 0);
   }

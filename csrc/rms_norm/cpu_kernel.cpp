@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../common/buffer.h"
+#include "../common/element_types.h"
 #include "../common/parallel.h"
 #include "../common/vec.h"
 #include "problem.h"
@@ -126,24 +127,14 @@ void backward(const imagen_fast::rms_norm::Backward& b) {
   });
 }
 
-template <typename Function>
-void dispatch(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::kHalf: return function(Half{});
-    case DType::kBFloat16: return function(BFloat16{});
-    case DType::kFloat: return function(float{});
-    default: return function(double{});
-  }
-}
-
 }  // namespace
 
 void rms_norm_forward(const imagen_fast::rms_norm::Forward& f) {
-  dispatch(f.dtype, [&](auto t) { forward<decltype(t)>(f); });
+  with_element_type(f.dtype, [&](auto element) { forward<decltype(element)>(f); });
 }
 
 void rms_norm_backward(const imagen_fast::rms_norm::Backward& b) {
-  dispatch(b.dtype, [&](auto t) { backward<decltype(t)>(b); });
+  with_element_type(b.dtype, [&](auto element) { backward<decltype(element)>(b); });
 }
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> step(const Tensor& sample, const Tensor& output,
                   "sampler_step: this row needs noise or a seed");
   STD_TORCH_CHECK(s.previous_x0.data || s.row.next_from_previous_x0 == 0, "sampler_step: this row needs previous_x0");
   flatten_channels(s);
-  IMAGEN_FAST_KERNEL(sampler_step_kernel)(s);
+  IMAGEN_FAST_KERNEL(sampler_step_kernel, s.dtype)(s);
   return {next, x0};
 }
 
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> noise(int64_t seed, int64_t row, int64_t stage, int64
                  counters,
                  static_cast<uint32_t*>(words.mutable_data_ptr()),
                  static_cast<float*>(normals.mutable_data_ptr())};
-  IMAGEN_FAST_KERNEL(sampler_step_noise)(test);
+  IMAGEN_FAST_KERNEL_OF(sampler_step_noise, cpu_capability())(test);
   return {words, normals};
 }
 

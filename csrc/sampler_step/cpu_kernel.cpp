@@ -2,6 +2,7 @@
 // Without a dynamic threshold that is one pass over memory. With it, x0 is computed, its quantile selected, and the
 // rest done in a second pass that finds x0 where the first left it: in the memory of the result if that has room for
 // it. A sample is one thread's, or, if there are fewer of them than threads, all threads work on one after the other.
+#include "../common/element_types.h"
 #include "../common/philox.h"
 #include "../common/quantile.h"
 #include "../common/vec_math.h"
@@ -291,12 +292,7 @@ class Sampler {
 
 void sampler_step_kernel(const imagen_fast::sampler_step::Step& step) {
   using namespace sampler_step;
-  switch (step.dtype) {
-    case DType::kHalf: return Sampler<Half>(step).run();
-    case DType::kBFloat16: return Sampler<BFloat16>(step).run();
-    case DType::kFloat: return Sampler<float>(step).run();
-    default: return Sampler<double>(step).run();
-  }
+  with_element_type(step.dtype, [&](auto element) { Sampler<decltype(element)>(step).run(); });
 }
 
 void sampler_step_noise(const imagen_fast::sampler_step::NoiseTest& test) {
