@@ -9,7 +9,7 @@ All of it becomes `imagen_fast/lib/libimagen_fast_cpu.so` on PyTorch's stable AB
 torch from 2.11 on. Without a C++ compiler the package installs all the same and runs on plain PyTorch.
 
 - `csrc/<folder>/cuda*.cu`, where nvcc is, become `imagen_fast/lib/libimagen_fast_cuda.so`, each compiled once for all
-  architectures. Neither a GPU nor a PyTorch with CUDA is needed. `IMAGEN_FAST_CUDA_ARCHS="9.0a 12.0+PTX"` chooses the
+  architectures. Neither a GPU nor a PyTorch with CUDA is needed. `IMAGEN_FAST_CUDA_ARCHS="9.0 12.0+PTX"` chooses the
   architectures, `IMAGEN_FAST_NO_CUDA=1` leaves the library out.
 """
 
@@ -48,8 +48,8 @@ INSTRUCTION_SETS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
-# 9.0a: with the instructions that only 9.0 has. PTX: for architectures to come.
-CUDA_ARCHITECTURES = "8.0 9.0a 10.0 12.0+PTX"
+# PTX: for architectures to come.
+CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 
 
 def say(message: str) -> None:
@@ -223,7 +223,8 @@ def cuda_architectures(toolkit: Toolkit) -> list[str]:
 def gencode(architecture: str) -> list[str]:
     """Machine code for 10.0 and later comes from the PTX of 9.0, which has all that the kernels use.
 
-    Their own PTX, which nvcc unrolls more, takes three times as long to compile. A suffix (10.0a) asks for it.
+    One PTX for all of them saves time, and their own, which nvcc unrolls more, takes three times as long to compile. A
+    suffix (9.0a, 10.0a) asks for an architecture's own, with the instructions that only it has.
     """
     name, _, ptx = architecture.partition("+")
     number = name.replace(".", "")

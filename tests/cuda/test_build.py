@@ -125,7 +125,7 @@ def test_a_toolkit_without_its_runtime_is_passed_over(
 def test_what_the_compiler_does_not_know_is_left_out_and_said(
     setup: ModuleType, toolkit: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert setup.cuda_architectures(setup.find_toolkit()) == ["8.0", "9.0a"]
+    assert setup.cuda_architectures(setup.find_toolkit()) == ["8.0", "9.0"]
     assert "does not know the architectures 10.0, 12.0+PTX" in capfd.readouterr().err
 
 
