@@ -24,16 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SIMT = ROOT / "csrc" / "common" / "simt"
 
 # For everything, for the kernels alone, for the linker. The emulator is not instrumented for races: it says itself what
-# its functions access.
+# its functions access. What is instrumented takes longer to compile than the few tests that run on it take.
 FLAVOURS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "plain": ([], [], []),
     "races": (
-        ["-DIMAGEN_FAST_EMULATOR_RACES"],
+        ["-DIMAGEN_FAST_EMULATOR_RACES", "-O1"],
         ["-fsanitize=thread"],
         ["-ldl"],
     ),
     "address": (
-        ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"],
+        ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer", "-O1"],
         [],
         ["-fsanitize=address,alignment"],
     ),
