@@ -63,7 +63,7 @@ class Case:
         op: the op's name, that of the file the case stands in.
         name: unique within the op; what `--case` is matched with.
         title: the same for people, short enough for a table.
-        shape, dtype, layout: of the main input.
+        shape, dtype, layout: of the main input; of a whole model, the shape begins with the batch.
         direction: "forward" (without gradients), "backward" (the gradients alone) or "forward_backward".
         inputs: (generator, device) -> the inputs by name, random, in the case's dtype and layout.
         ours: calls the public op on the inputs; the runner chooses the backend around it.
@@ -76,6 +76,7 @@ class Case:
         apart: of a whole model, ours as a contender in a process of its own. Every variant of every peer is in one,
             too; they take turns, the time to the first result and the memory of each are recorded, and errors are
             those of `testing.assert_model_as_accurate`.
+        needs_gpu: why it is not run on a CPU, if so.
         tags: "headline" (the cases a README shows), "overhead" (the cost of a call rules), "quick" (a smoke run).
     """
 
@@ -96,6 +97,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     renewed: tuple[str, ...] = ()
     apart: Peer | None = None
+    needs_gpu: str = ""
     tags: frozenset[str] = field(default_factory=frozenset)
 
     def make_inputs(self, seed: int, device: str = "cpu") -> dict[str, Any]:
@@ -105,6 +107,10 @@ class Case:
             for name in self.differentiable:
                 values[name].requires_grad_()
         return values
+
+    def obstacle(self, device: str) -> str:
+        """Why it cannot be run on a type of device; empty if it can."""
+        return f"it runs on a GPU alone ({self.needs_gpu})" if self.needs_gpu and device == "cpu" else ""
 
     def peer(self, name: str) -> Peer:
         return next(peer for peer in self.peers if peer.name == name)

@@ -1,7 +1,8 @@
 """What a run leaves behind: one JSON file per op and machine, read back with every key checked.
 
     {"schema": 1, "op": ..., "complete": true, "settings": {...}, "provenance": {...}, "limits": {...},
-     "rows": [{"case": ..., "backend": ..., "peer": ..., "ours": {"median": ...}, "ratio": ..., ...}], "failures": []}
+     "rows": [{"case": ..., "backend": ..., "peer": ..., "ours": {"median": ...}, "ratio": ..., ...}], "failures": [],
+     "skipped": []}
 
 A row is one comparison: a case, the backend of ours, and a peer. Times are seconds.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,21 @@ class Cost:
 
     Attributes:
         first_result: seconds from a model in memory to its first result: accelerating, compiling, exporting included.
-        memory: the largest resident memory of the process afterwards, in MiB, libraries included; on a GPU what was
-            allocated there.
+        preparation: of them, what an ordinary call does not take.
+        throughput: samples per second, of calls with the case's batch.
+        memory: the largest resident memory of the process after its first result, in MiB, libraries included; on a GPU
+            what was allocated there.
     """
 
     first_result: float
+    preparation: float
+    throughput: float
     memory: float
+
+    @classmethod
+    def of(cls, batch: int, call: float, first_result: float, memory: float) -> Cost:
+        """From seconds per call and to the first result."""
+        return cls(first_result, max(first_result - call, 0.0), batch / call, memory)
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,14 @@ class Failure:
     message: str
 
 
+@dataclass(frozen=True)
+class Skip:
+    """A case that cannot run on this machine, and why."""
+
+    case: str
+    reason: str
+
+
 def row(
     case: Case,
     backend: str,
@@ -143,12 +162,31 @@ class Result:
     limits: Limits = field(default_factory=Limits)
     rows: tuple[Row, ...] = ()
     failures: tuple[Failure, ...] = ()
+    skipped: tuple[Skip, ...] = ()
     complete: bool = False
 
     @property
     def name(self) -> str:
         """The file's name without its suffix."""
         return f"{self.op}-{self.provenance.slug}{'-cold' if self.settings.cold else ''}"
+
+    @property
+    def heading(self) -> str:
+        """One line: machine, software, commit, date."""
+        source = self.provenance
+        machine = f"{source.machine}, {source.capability}, {source.driver}"
+        if not source.driver:
+            threads = f"{source.threads} thread{'s' if source.threads != 1 else ''}"
+            machine = f"{source.machine}, {threads}, {source.capability}"
+        parts = (
+            machine,
+            f"torch {source.torch}",
+            f"imagen_fast {source.imagen_fast}",
+            f"commit {source.commit[:10]}{' with changes' if source.dirty else ''}" if source.commit else "",
+            source.date[:10],
+            "inputs from memory" if self.settings.cold else "inputs in cache where they fit",
+        )
+        return "; ".join(part for part in parts if part)
 
     def write(self, directory: Path) -> Path:
         """Write `<op>-<machine>.json`, whole or not at all."""
@@ -160,6 +198,19 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {"schema": SCHEMA, **_rounded(dataclasses.asdict(self))}
+
+
+def peers_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the peers, in the order in which they come."""
+    return list(dict.fromkeys(row.peer for row in rows))
+
+
+def comparisons(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """The rows that share a case and a backend, by peer."""
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.backend), {})[row.peer] = row
+    return list(groups.values())
 
 
 def load(path: Path) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ from . import registry, report
 from .floor import Limits
 from .measure import measure
 from .registry import Case
-from .results import Result
+from .results import Result, Skip
 from .timing import Settings
 
 _NOISY = 1.3  # 80 % over 20 % quantile above which a warning is printed
@@ -77,9 +78,16 @@ def run(
         if output is not None:
             for result in results.values():
                 check_writable(output / f"{result.name}.json")
-        queue = [each for cases in chosen.values() for each in cases]
+        queue = []
+        for each in (each for cases in chosen.values() for each in cases):
+            if reason := each.obstacle(settings.device):
+                results[each.op].skipped += (Skip(each.name, reason),)
+            else:
+                queue.append(each)
         queue.sort(key=lambda each: "headline" not in each.tags)
         waiting = Counter(each.op for each in queue)
+        for op, result in results.items():
+            result.complete = not waiting[op]
         end = time.monotonic() + budget
         with tqdm(total=len(queue), unit="case", disable=None if progress else True) as bar:
             for each in queue:
@@ -106,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="write <op>-<machine>.json into this directory")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: PyTorch's)")
     parser.add_argument("--quick", action="store_true", help="a short look instead of a measurement to record")
+    parser.add_argument("--rounds", type=int, metavar="N", help="at least so many batches of each (default: 21)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after these")
     parser.add_argument("--cold", action="store_true", help="inputs from memory instead of from the caches")
@@ -117,21 +126,27 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         for cases in _choose(args.op, args.case, registry.CASES_DIRECTORY).values():
             for case in cases:
-                print(f"{case.op}  {case.name}  ({', '.join(peer.name for peer in case.peers)})")
+                print(f"{case.op}  {case.name}  ({', '.join(peer.name for peer in case.peers)})", end="")
+                print(f"  not here: {reason}" if (reason := case.obstacle(args.device)) else "")
         return 0
+    settings = Settings.quick(args.cold, args.device) if args.quick else Settings(cold=args.cold, device=args.device)
+    if args.rounds is not None:
+        if args.rounds < 1:
+            raise UserError(f"--rounds must be at least 1, got {args.rounds}")
+        settings = dataclasses.replace(settings, min_rounds=args.rounds)
     results = run(
         args.op,
         case=args.case,
         output=args.output,
         peers=args.peers.split(",") if args.peers else None,
-        settings=Settings.quick(args.cold, args.device) if args.quick else Settings(cold=args.cold, device=args.device),
+        settings=settings,
         threads=args.threads,
         budget=args.budget,
         progress=sys.stderr.isatty(),
     )
     for result in results:
         print(report.markdown(result))
-        if args.output is not None:
+        if args.output is not None and result.rows:
             print(f"\nwritten to {args.output / result.name}.json")
         for failure in result.failures:
             print(f"{failure.case}: {failure.contender}: {failure.message}", file=sys.stderr)

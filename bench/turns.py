@@ -92,7 +92,10 @@ def _rows(
         return []
     accuracy = ready[ours].accuracy
     assert accuracy is not None
-    costs = {contender: Cost(ready[contender].seconds, memory[contender]) for contender in timings}
+    costs = {
+        contender: Cost.of(case.shape[0], timing.median, ready[contender].seconds, memory[contender])
+        for contender, timing in timings.items()
+    }
     floor = limits.floor(case.bytes, case.flops, case.dtype, settings.cold)
     rows = []
     for name, theirs in best.items():

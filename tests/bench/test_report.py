@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from imagen_fast import provenance
-from imagen_fast.bench import report, results
+from imagen_fast.bench import plots, report, results
 from imagen_fast.bench.floor import CopyRate, Limits, MatmulRate
-from imagen_fast.bench.results import Cost, Failure, Result, Row
+from imagen_fast.bench.results import Cost, Failure, Result, Row, Skip
 from imagen_fast.bench.timing import Settings, Timing
 from imagen_fast.errors import UserError
 
@@ -123,20 +123,59 @@ def test_markdown(result: Result) -> None:
     assert cells[2][8:10] == ["", ""]  # not timed against compile
 
 
+def of_models(result: Result) -> Result:
+    """The same with two rows of a model in a batch of two, and one in a batch of eight."""
+    costs = {"our_cost": Cost.of(2, 0.15, 0.25, 1024.0), "their_cost": Cost.of(2, 1.2, 31.0, 1536.0)}
+    large = {"our_cost": Cost.of(8, 0.5, 0.75, 1024.0), "their_cost": Cost.of(8, 4.0, 33.0, 1536.0)}
+    rows = (
+        row(**costs),
+        row(peer="compile", ratio=1.5, theirs=Timing(2.25e-4, 2e-4, 3e-4, 9, 9), **costs),
+        row(case="large", title="8×128×64×64, silu", shape=(8, 128, 64, 64), **large),
+    )
+    return dataclasses.replace(result, rows=rows)
+
+
+def cells(table: str) -> list[list[str]]:
+    """Of a Markdown table, without its header."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
 def test_models_have_a_line_for_each_contender(result: Result) -> None:
-    costs = {"our_cost": Cost(0.25, 1024.0), "their_cost": Cost(31.0, 1536.0)}
-    rows = (row(**costs), row(peer="compile", ratio=1.5, theirs=Timing(2.25e-4, 2e-4, 3e-4, 9, 9), **costs))
-    text = report.markdown(dataclasses.replace(result, rows=rows))
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[4:]]
-    assert [line[2:] for line in lines] == [
-        ["**imagen_fast**", "0.150 ms", "", "0.2 s", "1.00 GiB", "2.0e-03"],
-        ["eager (default)", "1.2 ms", "8.00×", "31.0 s", "1.50 GiB", "4.0e-03"],
-        ["compile (default)", "0.225 ms", "1.50×", "31.0 s", "1.50 GiB", "4.0e-03"],
+    _, table, _ = report.markdown(of_models(result)).split("\n\n")
+    assert [line[2:] for line in cells(table)[:3]] == [
+        ["**imagen_fast**", "0.150 ms", "", "13.3", "0.1 s", "0.2 s", "1.00 GiB", "2.0e-03"],
+        ["eager (default)", "1.2 ms", "8.00×", "1.67", "29.8 s", "31.0 s", "1.50 GiB", "4.0e-03"],
+        ["compile (default)", "0.225 ms", "1.50×", "1.67", "29.8 s", "31.0 s", "1.50 GiB", "4.0e-03"],
     ]
 
 
-def test_plot_is_a_picture(result: Result, tmp_path: Path) -> None:
-    report.plot(result, tmp_path / "plot.png")
+def test_throughput_of_a_model_stands_side_by_side_for_its_batches(result: Result) -> None:
+    *_, table = report.markdown(of_models(result)).split("\n\n")
+    assert table.splitlines()[0].split("|")[-3:-1] == ["   batch 2 ", "   batch 8 "]
+    assert cells(table) == [
+        ["B×128×64×64, silu", "bf16", "**imagen_fast**", "13.3", "16"],
+        ["B×128×64×64, silu", "bf16", "eager", "1.67", "2"],
+        ["B×128×64×64, silu", "bf16", "compile", "1.67", ""],
+    ]
+
+
+def test_a_model_in_one_batch_has_no_table_of_throughput(result: Result) -> None:
+    assert not report.throughput(dataclasses.replace(result, rows=of_models(result).rows[:2]))
+
+
+def test_an_ordinary_call_is_no_preparation() -> None:
+    assert Cost.of(2, 0.5, 3.0, 1.0) == Cost(first_result=3.0, preparation=2.5, throughput=4.0, memory=1.0)
+    assert Cost.of(1, 0.5, 0.4, 1.0).preparation == 0
+
+
+def test_cases_that_are_left_out_are_told_with_the_reason(result: Result) -> None:
+    skipped = dataclasses.replace(result, skipped=(Skip("huge", "too large"), Skip("huger", "too large")))
+    assert report.markdown(skipped).splitlines()[-1] == "not run: huge, huger: too large."
+
+
+@pytest.mark.parametrize("form", [lambda result: result, of_models], ids=["ops", "models"])
+def test_plot_is_a_picture(form: Any, result: Result, tmp_path: Path) -> None:
+    plots.plot(form(result), tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 20

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,29 @@ def test_a_budget_ends_the_run_and_headline_cases_come_first(monkeypatch: pytest
     assert measured == ["right-forward", "right-backward"]
     assert not run_toy("right", ["eager"], budget=-1).complete
     assert len(measured) == 2
+
+
+def test_a_case_for_gpus_is_left_out_on_a_cpu_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = dataclasses.replace(TOY_CASES[0], name="large", needs_gpu="of its size")
+    monkeypatch.setattr(registry, "_import", lambda *_: SimpleNamespace(cases=lambda: [large, TOY_CASES[0]]))
+    measured: list[str] = []
+    monkeypatch.setattr(run, "measure", lambda case, *_: measured.append(case.name) or ([], []))
+    result = run_toy("", ["eager"])
+    assert measured == ["right-forward"]
+    assert result.complete
+    assert result.skipped == (results.Skip("large", "it runs on a GPU alone (of its size)"),)
+    assert "not run: large: it runs on a GPU alone (of its size)." in report.markdown(result)
+    assert run_toy("large", ["eager"]).complete
+    assert not large.obstacle("cuda")
+
+
+def test_rounds_are_at_least_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Settings] = []
+    monkeypatch.setattr(run, "measure", lambda case, peers, settings, *_: asked.append(settings) or ([], []))
+    assert run.main(arguments("--op", "add_noise", "--case", "bf16", "--rounds", "7", "--quick")) == 0
+    assert {(settings.min_rounds, settings.seconds) for settings in asked} == {(7, Settings.quick().seconds)}
+    with pytest.raises(UserError, match="--rounds must be at least 1, got 0"):
+        run.main(arguments("--rounds", "0"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
