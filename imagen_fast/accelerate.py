@@ -21,6 +21,7 @@ from .integrations import (
     Form,
     FusedMethod,
     Integration,
+    Limits,
     Options,
     convert,
     converted_bytes,
@@ -69,6 +70,8 @@ def accelerate(
     verify: Any = None,
     strict: bool = False,
     graphs: str = "auto",
+    graph_limit: int = Limits().graphs,
+    graph_steps: int = Limits().steps,
 ) -> Report:
     """Run `obj` on fused ops, in place, without changing what it computes; `restore` undoes it.
 
@@ -99,10 +102,15 @@ def accelerate(
         strict: raise, and change nothing, where a module cannot be swapped or cannot use its ops everywhere, or where
             there is nothing to swap.
         graphs: "auto" records calls of U-Nets and text encoders as CUDA graphs, with `inference` and on CUDA devices:
-            one for each kind of call (shapes, options), at the second call of the kind, at most 8 a model. Texts are
-            padded to a multiple of 32 or 64 tokens. Not with gradients, under autocast, in calls that draw random
-            numbers, nor while a module in the model has hooks; the reason is logged, and stands in the next report.
-            "off" makes none. Not yet measured on a GPU.
+            one for each kind of call (shapes, options), at the second call of the kind. Texts are padded to a multiple
+            of 32 or 64 tokens. The sampling loops of this package's own cascade record whole steps: both halves of the
+            guidance and the solver's step are one graph, which is replayed for every step of the loop without the host.
+            Not with gradients, under autocast, in calls that draw random numbers, nor while a module in the model has
+            hooks; the reason is logged, and stands in the next report. "off" makes none. Not yet measured on a GPU.
+        graph_limit: the most graphs of one model, which share their memory.
+        graph_steps: the most steps of a sampling loop that one graph holds; as many as the loop has make it one graph.
+            Such graphs take longer to record and hold every launch of every step. While a progress bar or a callback
+            watches each step, graphs hold one.
 
     Returns:
         What was swapped, what was not and why, what is kept beside the model, and what `verify` measured.
@@ -120,7 +128,8 @@ def accelerate(
         >>> imagen_fast.restore(model)
     """
     integration = _integration(obj)
-    _check_options(dtype, memory_format, pack_limit, graphs)
+    _check_options(dtype, memory_format, pack_limit, graphs, graph_limit, graph_steps)
+    limits = Limits(graph_limit, graph_steps)
     survey = _survey(obj, integration, Options(inference, inference and cache_text), dtype, pack_limit)
     verified = verify is not None and verify is not False
     if strict:
@@ -145,7 +154,7 @@ def accelerate(
         part_integration.attach(part)
         if isinstance(part, nn.Module):
             prepare = part_integration.graphed(part) if inference and graphs == "auto" else None
-            make = graphed(part, prepare)
+            make = graphed(part, prepare, limits)
             reasons = [] if make is None else reasons_of(part)
             why_not = convert(part, dtype, memory_format, make)
             if make is not None:
@@ -164,13 +173,16 @@ def accelerate(
             raise
     left += survey.over_limit
     left += _parts_without_swaps(obj, integration, [*swapped, *left])
-    return Report(_path(type(obj)), tuple(swapped), tuple(left), tuple(copies), summary(graphs, inference, unrecorded))
+    told = summary(graphs, inference, limits, unrecorded)
+    return Report(_path(type(obj)), tuple(swapped), tuple(left), tuple(copies), told)
 
 
 _GRAPHS = ("auto", "off")
 
 
-def _check_options(dtype: Any, memory_format: Any, pack_limit: Any, graphs: Any) -> None:
+def _check_options(
+    dtype: Any, memory_format: Any, pack_limit: Any, graphs: Any, graph_limit: Any, graph_steps: Any
+) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     if memory_format not in (None, torch.channels_last):
@@ -179,6 +191,9 @@ def _check_options(dtype: Any, memory_format: Any, pack_limit: Any, graphs: Any)
         raise TypeError(f"pack_limit must be a number of bytes or None, got {pack_limit!r}")
     if graphs not in _GRAPHS:
         raise ValueError(f"graphs must be one of {', '.join(map(repr, _GRAPHS))}, got {graphs!r}")
+    for name, value in (("graph_limit", graph_limit), ("graph_steps", graph_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
 
 
 def _converted(prefix: str, model: nn.Module, dtype: torch.dtype | None) -> list[Copied]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,11 @@ class StepTable:
         """Whether the row after `index` reads this row's x0."""
         return self._needs_x0[index]  # type: ignore[attr-defined]
 
+    @cached_property
+    def content(self) -> tuple[bytes, tuple[float, ...], bool]:
+        """What its steps depend on, to compare tables by."""
+        return self.rows.numpy().tobytes(), self.timesteps, self.learned_variance
+
     def on(self, device: torch.device) -> Tensor:
         """The rows on a device; the same tensor at every call."""
         if device.type == "cpu":
@@ -95,6 +101,23 @@ class StepTable:
     def index(self, index: int, device: torch.device) -> Tensor:
         """`index` as a 0-d int64 tensor on a device; the same one at every call."""
         return self._kept(("index", device), lambda: torch.arange(len(self), device=device).unbind())[index]
+
+    @property
+    def told_dtype(self) -> torch.dtype:
+        """In which the model is told timesteps: int64 if all are whole, else float32."""
+        return torch.int64 if all(isinstance(timestep, int) for timestep in self.timesteps) else torch.float32
+
+    def told(self, device: torch.device) -> Tensor:
+        """The timesteps (evaluations,) on a device; the same tensor at every call."""
+        return self._kept(("told", device), lambda: torch.tensor(self.timesteps, dtype=self.told_dtype).to(device))
+
+    def input_scales(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """What the model's input is multiplied by, (evaluations,) on a device, the same tensor at every call; None if
+        it is 1 everywhere."""
+        if all(row["input_scale"] == 1 for row in self._values):  # type: ignore[attr-defined]
+            return None
+        column = self.rows[:, COLUMNS.index("input_scale")]
+        return self._kept(("input_scales", device, dtype), lambda: column.to(device, dtype))
 
     def _kept(self, key: Any, make: Any) -> Any:
         if torch.compiler.is_compiling():  # what is made while tracing is no tensor to keep

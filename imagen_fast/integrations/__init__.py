@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ._converted import convert, converted_bytes, unconvert
 from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
-from ._graphed import Prepare, graphed, reasons_of, summary
+from ._graphed import Limits, Prepare, graphed, reasons_of, summary
 from ._packed import packed_bytes
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Fused",
     "FusedMethod",
     "Integration",
+    "Limits",
     "Options",
     "convert",
     "converted_bytes",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ._fused import FusedMethod, own_methods
-from ._graphs import once_of_graph
 from ._kept import Seen, can_be_seen, outside_inference, values_kept
+from ._once import once_of_graph
 
 
 class ConvertedForward(FusedMethod):

@@ -3,6 +3,13 @@
 Graphs are used without gradients, where nothing watches the call (autocast, a compiler, a mode), as long as no module
 in the model has hooks or another forward, and on CUDA devices alone. Everything that a graph bakes in is looked at
 before each replay (`_watched`); after a change of any of it graphs are made anew.
+
+A sampling loop of this package has the model repeat whole steps (`GraphedForward.repeat`): guidance's two halves, the
+solver's step and its noise are one graph then. It holds one step, which finds its row of the solver's table by a number
+on the device that it counts up itself, and is replayed for every step of the loop. So it serves any number of replays,
+is recorded after the first step of the first loop, and takes the memory of one step; between replays nothing is copied
+and nothing waits. Larger graphs, up to one for the whole loop (`graph_steps`), save the launches of all graphs but one,
+some microseconds a step, and cost recording and holding every launch of every step: so they are for those who ask.
 """
 
 from __future__ import annotations
@@ -10,17 +17,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..buckets import bucket
 from ._converted import ConvertedForward
-from ._graphs import GRAPHS, GraphPool
+from ._graphs import GraphPool
 from ._kept import values_kept
 from ._recorders import recorder_here
 from ._watched import Watched
+
+if TYPE_CHECKING:
+    from ..diffusion.sampling import State, Step
 
 
 class Prepared(NamedTuple):
@@ -35,12 +46,28 @@ class Prepared(NamedTuple):
 Prepare = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "Prepared | str"]
 
 
+class Limits(NamedTuple):
+    """Of the graphs of one model.
+
+    Attributes:
+        graphs: how many it keeps, the least recently used of which go first.
+        steps: how many steps of a sampling loop one graph may hold.
+    """
+
+    graphs: int = 8
+    steps: int = 1
+
+
+DEFAULT = Limits()
+
+
 class GraphedForward(ConvertedForward):
     """Graphs of a model, which may compute in another dtype, too.
 
     Args:
         owner, dtype, memory_format: as of `ConvertedForward`.
         prepare: of a call's arguments, see `Prepare`: a function at the top of a module, since copies keep it.
+        limits: see `Limits`.
     """
 
     def __init__(
@@ -49,10 +76,11 @@ class GraphedForward(ConvertedForward):
         dtype: torch.dtype | None,
         memory_format: torch.memory_format | None,
         prepare: Prepare,
+        limits: Limits = DEFAULT,
     ) -> None:
-        self.prepare = prepare
+        self.prepare, self.limits = prepare, limits
         recorder = recorder_here()
-        self.pool = None if recorder is None else GraphPool(type(owner).__name__, recorder)
+        self.pool = None if recorder is None else GraphPool(type(owner).__name__, recorder, limits.graphs)
         super().__init__(owner, dtype, memory_format)
 
     def forget(self) -> None:
@@ -62,7 +90,7 @@ class GraphedForward(ConvertedForward):
             self.pool.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "prepare": self.prepare}
+        return {**super().__getstate__(), "prepare": self.prepare, "limits": self.limits}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         pool = self.pool
@@ -78,6 +106,48 @@ class GraphedForward(ConvertedForward):
         pool.note(reason)
         return self._plain(*args, **kwargs)
 
+    def repeat(
+        self, step: Step, state: State, inputs: dict[str, Any], times: int, after: Callable[[], object] | None
+    ) -> State | None:
+        """See `diffusion.sampling.Repeat`. Somebody who is called after every step may do anything to the model, so it
+        is looked at after each; without, it is looked at before the first alone."""
+        pool = self.pool
+        if torch.compiler.is_compiling() or pool is None or not pool.serves(state, {}) or not values_kept():
+            return None
+        reason = self._obstacle(pool)
+        if reason is None and (self.owner._forward_hooks or self.owner._forward_pre_hooks):
+            reason = "steps of a loop are not recorded whole, as it has hooks"
+        if reason is not None:
+            pool.note(reason)
+            return None
+        together = 1 if after is not None else _divisor(times, self.limits.steps)
+        go_on = None if after is None else partial(self._goes_on, after)
+        done = 0
+        while done < times:
+            if self._obstacle(pool) is not None:  # since the last step
+                state, more = step(state, inputs), 1
+                if after is not None:
+                    after()
+            else:
+                state, more = pool.repeat(
+                    step,
+                    step.kind,
+                    state,
+                    inputs,
+                    times - done,
+                    together=together,
+                    around=self._with_weights,
+                    after=go_on,
+                )
+            done += more
+        return state
+
+    def _goes_on(self, after: Callable[[], object]) -> bool:
+        """Whether the model is as it was, after the one who watches has been called."""
+        after()
+        with self._lock:
+            return self._watched is not None and not self._watched.has_changed()
+
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if self.dtype is None and self.memory_format is None:
             return type(self.owner).forward(self.owner, *args, **kwargs)
@@ -85,7 +155,7 @@ class GraphedForward(ConvertedForward):
 
     def _obstacle(self, pool: GraphPool) -> str | None:
         """Why the model as it is cannot be recorded; drops the graphs of what it was."""
-        with self._lock:  # while a call has the converted weights in place
+        with pool.lock, self._lock:  # while another thread's call has the converted weights in place
             if self._watched is None or self._watched.has_changed():
                 pool.clear()
                 self._watched = Watched(self.owner)
@@ -97,14 +167,19 @@ class GraphedForward(ConvertedForward):
             yield
 
 
+def _divisor(times: int, most: int) -> int:
+    """The largest divisor of a number of steps that is not above `most`."""
+    return next(count for count in range(min(times, most), 0, -1) if times % count == 0)
+
+
 # ---- Putting it there
 
 
-def graphed(part: nn.Module, prepare: Prepare | None) -> Callable[..., GraphedForward] | None:
+def graphed(part: nn.Module, prepare: Prepare | None, limits: Limits) -> Callable[..., GraphedForward] | None:
     """What makes the `GraphedForward` of a part; None where no graphs can be made of it."""
     if prepare is None or recorder_here() is None:
         return None
-    return partial(GraphedForward, prepare=prepare)
+    return partial(GraphedForward, prepare=prepare, limits=limits)
 
 
 def reasons_of(part: nn.Module) -> list[str]:
@@ -115,12 +190,13 @@ def reasons_of(part: nn.Module) -> list[str]:
     return list(dict.fromkeys([*reasons, *([] if obstacle is None else [obstacle])]))
 
 
-def summary(asked: str, inference: bool, reasons: dict[str, list[str]]) -> str:
+def summary(asked: str, inference: bool, limits: Limits, reasons: dict[str, list[str]]) -> str:
     """For the report.
 
     Args:
         asked: "auto" or "off".
         inference: whether graphs are allowed.
+        limits: of each part.
         reasons: of every part that gets graphs, by name, why it ran without one so far.
     """
     if asked == "off":
@@ -132,7 +208,7 @@ def summary(asked: str, inference: bool, reasons: dict[str, list[str]]) -> str:
     if not reasons:
         return "none; they are made of U-Nets and text encoders"
     facts = [f"of {name or 'the model'}" + (f" ({'; '.join(why)})" if why else "") for name, why in reasons.items()]
-    return f"{', '.join(facts)}: each recorded at the second call of its kind, at most {GRAPHS} at a time"
+    return f"{', '.join(facts)}: each recorded at the second call of its kind, at most {limits.graphs} at a time"
 
 
 # ---- Arguments
@@ -161,12 +237,6 @@ def _on_device(timestep: Any, device: torch.device) -> Any:
 
 
 LONGEST = 512  # tokens; texts beyond it are encoded as they are
-
-
-def bucket(length: int) -> int:
-    """The length to which a text is padded: a multiple of 32 up to 128 tokens, of 64 beyond."""
-    step = 32 if length <= 128 else 64
-    return -(-length // step) * step
 
 
 def of_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | str:

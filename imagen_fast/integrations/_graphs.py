@@ -8,6 +8,9 @@ function reads besides its inputs (weights, attributes of modules) is the caller
 A kind is recorded when it is met for the second time, so that what is called once never pays for a graph. What cannot
 be recorded runs as it is, for a reason that is logged once and kept for the report.
 
+A function whose results are its own next arguments can be repeated (`GraphPool.repeat`): the graph then ends with
+writing its results where it reads its arguments, so that it is replayed again and again with nothing in between.
+
 What records is given (`_recorders`), so nothing here needs a device.
 """
 
@@ -19,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,81 +31,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import backends
 from ._kept import Seen, can_be_seen, outside_inference
+from ._once import Once, active, once_of_graph
 from ._recorders import Recorder, Recording
 
 logger = logging.getLogger("imagen_fast")
 
-GRAPHS = 8  # the most of one pool
 _KINDS = 64  # of calls that are remembered without a graph
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
 
 
 class NotRecorded(Exception):
     """Why a call runs without a graph."""
-
-
-# ---- What is computed beside a graph
-
-
-class Once:
-    """What a graph reads that depends on some inputs alone: it is computed when these change, not at every replay.
-
-    Args:
-        inputs: the graph's own inputs of which a change can be seen, by number.
-    """
-
-    def __init__(self, inputs: dict[int, Tensor]) -> None:
-        self.roots: set[int] = set()  # the inputs that something has been made of
-        self._numbers = {id(tensor): number for number, tensor in inputs.items()}
-        self._known = {id(tensor): tensor for tensor in inputs.values()}
-        self._made: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
-        self._held: list[Any] = []
-
-    def hold(self, kept: Any) -> None:
-        """Have tensors live as long as the graph, which reads them where they are, and which others may drop."""
-        self._held.append(kept)
-
-    def of(self, key: Hashable, given: Tensor, make: Callable[[], Any]) -> Any:
-        """`make()`, computed in the graph unless `given` is one of the inputs, or was itself made of one."""
-        if id(given) not in self._known:
-            return make()
-        key = (key, id(given))
-        if key not in self._made:
-            if id(given) in self._numbers:
-                self.roots.add(self._numbers[id(given)])
-            result = make()
-            self._made[key] = make, result
-            self._known.update((id(leaf), leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        return self._made[key][1]
-
-    def renew(self) -> None:
-        """Make everything anew, where it is."""
-        for make, result in list(self._made.values()):
-            for kept, new in zip(tree_leaves(result), tree_leaves(make()), strict=True):
-                if isinstance(kept, Tensor) and kept is not new:
-                    kept.copy_(new)
-
-
-class _State(threading.local):
-    once: Once | None = None
-
-
-_state = _State()
-
-
-def once_of_graph() -> Once | None:
-    """That of the graph which this thread is about to record, or makes anew; None elsewhere."""
-    return _state.once
-
-
-@contextmanager
-def _active(once: Once) -> Iterator[None]:
-    before, _state.once = _state.once, once
-    try:
-        with outside_inference():
-            yield
-    finally:
-        _state.once = before
 
 
 # ---- Calls
@@ -179,9 +119,27 @@ class _Graph:
     once: Once
     recording: Recording
     seen: dict[int, Seen] = field(default_factory=dict)  # of the inputs that `once` has made something of
+    running: bool = False  # what it was replayed on is still needed, though the caller's code may run
+
+
+Around = Callable[[], AbstractContextManager[Any]]
 
 
 # ---- The pool
+
+
+class _Apart(threading.local):
+    """Of this thread: whether calls inside of what is recorded next are to have no graphs of their own."""
+
+    calls = False
+
+    @contextmanager
+    def during(self, coming: bool) -> Iterator[None]:
+        before, self.calls = self.calls, self.calls or coming
+        try:
+            yield
+        finally:
+            self.calls = before
 
 
 class GraphPool:
@@ -193,14 +151,20 @@ class GraphPool:
         name: what the function is, for messages.
         recorder: what records.
         limit: the most graphs.
+
+    Attributes:
+        lock: held while a graph is recorded, filled, replayed and read.
+        reasons: why calls ran without a graph.
+        recorded, replayed: how often that was done.
     """
 
-    def __init__(self, name: str, recorder: Recorder, limit: int = GRAPHS) -> None:
+    def __init__(self, name: str, recorder: Recorder, limit: int) -> None:
         self.name, self.recorder, self.limit = name, recorder, limit
         self.reasons: list[str] = []
         self.recorded = self.replayed = 0
         self._unused = 0  # graphs recorded since one has been used again
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        self._apart = _Apart()
         self.clear()
 
     def __len__(self) -> int:
@@ -208,13 +172,13 @@ class GraphPool:
 
     def clear(self) -> None:
         """Drop all graphs, and what is known of kinds of calls."""
-        with self._lock:
+        with self.lock:
             self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
             self._met: OrderedDict[Hashable, bool] = OrderedDict()  # whether a graph may be made at the next call
 
     def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a tensor among the arguments is on a device that the recorder is for."""
-        if _state.once is not None or self.recorder.is_busy():
+        if once_of_graph() is not None or self._apart.calls or self.recorder.is_busy():
             return False
         return any(
             isinstance(value, Tensor) and value.device.type == self.recorder.device_type
@@ -226,7 +190,7 @@ class GraphPool:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        around: Around = nullcontext,
     ) -> Any:
         """`function(*args, **kwargs)`, without gradients.
 
@@ -241,16 +205,66 @@ class GraphPool:
             self.note(str(reason))
             return function(*args, **kwargs)
         kind = (call.kind, _settings())
-        with self._lock:
-            graph = self._graphs.get(kind)
-            if graph is not None:
-                self._unused = 0
-                self._graphs.move_to_end(kind)
-            elif self._is_due(kind):
-                graph = self._new(kind, function, call, device)
+        with self.lock:
+            graph = self._graph(kind, partial(self._record, function, call, device), device)
             if graph is not None:
                 return self._replay(graph, call, device, around)
         return function(*args, **kwargs)
+
+    def repeat(
+        self,
+        function: Callable[[Any, Any], Any],
+        kind: Hashable,
+        state: Any,
+        inputs: dict[str, Any],
+        times: int,
+        *,
+        together: int = 1,
+        around: Around = nullcontext,
+        after: Callable[[], bool] | None = None,
+    ) -> tuple[Any, int]:
+        """`state = function(state, inputs)`, again and again, without gradients.
+
+        State and inputs go into the graph once and the state comes out once, whatever the number of replays; nothing
+        else runs between them but `after`. Other threads wait meanwhile.
+
+        Args:
+            function: reads nothing that may change but the state and the inputs; graphs hold it.
+            kind: of the function: those of one kind compute the same.
+            state: a named tuple of tensors.
+            inputs: what is the same in every call.
+            times: how often, a multiple of `together`.
+            together: the calls that one graph holds.
+            around: as of `run`.
+            after: called after every graph; false ends it, for what has changed.
+
+        Returns:
+            The state, and after how many calls: fewer than `times` where `after` ended it.
+        """
+        done = 0
+        while done < times:
+            try:
+                call = _Call((tuple(state), inputs), {})
+                device = call.device()
+            except NotRecorded as reason:
+                self.note(str(reason))
+                return function(state, inputs), done + 1
+            key = ("repeated", kind, together, call.kind, _settings())
+            with self.lock:
+                record = partial(self._record_loop, function, type(state), call, device, together)
+                graph = self._graph(key, record, device)
+                if graph is not None and not graph.running:
+                    left = (times - done) // together
+                    results, replays = self._replay_loop(graph, call, device, around, left, after)
+                    return type(state)(*results), done + replays * together
+                coming = graph is None and self._met.get(key, False)
+            for _ in range(together):
+                with self._apart.during(coming):
+                    state = function(state, inputs)
+                done += 1
+                if after is not None and not after():
+                    return state, done
+        return state, done
 
     def note(self, reason: str, level: int = logging.INFO) -> None:
         """Log once that a call ran without a graph, and keep the reason."""
@@ -266,12 +280,21 @@ class GraphPool:
                 self._met.popitem(last=False)
         return due is True and self._unused < 2 * self.limit
 
-    def _new(self, kind: Hashable, function: Callable[..., Any], call: _Call, device: torch.device) -> _Graph | None:
+    def _graph(self, kind: Hashable, record: Callable[[], _Graph], device: torch.device) -> _Graph | None:
+        """That of a kind, recorded if it is due; None if it is not, or cannot be."""
+        graph = self._graphs.get(kind)
+        if graph is not None:
+            self._unused = 0
+            self._graphs.move_to_end(kind)
+            return graph
+        return self._new(kind, record, device) if self._is_due(kind) else None
+
+    def _new(self, kind: Hashable, record: Callable[[], _Graph], device: torch.device) -> _Graph | None:
         while len(self._graphs) >= self.limit:
             self._graphs.popitem(last=False)
         try:
             with self.recorder.in_order(device):
-                graph = self._record(function, call, device)
+                graph = record()
         except Exception as error:  # whatever it is, the call itself may work, or raises it again
             self._met[kind] = False
             reason = str(error) if isinstance(error, NotRecorded) else f"{type(error).__name__}: {error}"
@@ -285,20 +308,62 @@ class GraphPool:
         return graph
 
     def _record(self, function: Callable[..., Any], call: _Call, device: torch.device) -> _Graph:
-        with outside_inference():
-            inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in call.tensors]
+        inputs = _copies(call)
         args, kwargs = call.on(inputs)
-        visible = {
-            i: mine for i, (mine, given) in enumerate(zip(inputs, call.tensors, strict=True)) if can_be_seen(given)
-        }
-        once = Once(visible)
 
         def run() -> Any:
             return function(*args, **kwargs)
 
+        return self._recorded(run, run, inputs, 0, call, device)
+
+    def _record_loop(
+        self, function: Callable[[Any, Any], Any], kind: type, call: _Call, device: torch.device, together: int
+    ) -> _Graph:
+        inputs = _copies(call)
+        (values, others), _ = call.on(inputs)
+        state = kind(*values)
+
+        def run() -> Any:
+            return function(state, others)
+
+        def feed_back() -> None:
+            results = state
+            for _ in range(together):
+                results = function(results, others)
+            for mine, new in zip(state, results, strict=True):
+                if new is not mine:
+                    mine.copy_(new)
+
+        graph = self._recorded(run, feed_back, inputs, len(state), call, device)
+        graph.once.hold(function)
+        return graph
+
+    def _recorded(
+        self,
+        run: Callable[[], Any],
+        recorded: Callable[[], Any],
+        inputs: list[Tensor],
+        state: int,
+        call: _Call,
+        device: torch.device,
+    ) -> _Graph:
+        """
+        Args:
+            run: what is called first, to see whether it can be recorded.
+            recorded: what is recorded then.
+            inputs: what both read.
+            state: how many of them, the first, are other ones at every replay.
+            call, device: what is being called.
+        """
+        visible = {
+            i: mine
+            for i, (mine, given) in enumerate(zip(inputs, call.tensors, strict=True))
+            if i >= state and can_be_seen(given)
+        }
+        once = Once(visible)
         versions = [tensor._version for tensor in inputs]
         random = self.recorder.random_state(device)
-        with _active(once):
+        with active(once):
             result = self.recorder.warm_up(run, device)
             if not torch.equal(self.recorder.random_state(device), random):
                 self.recorder.set_random_state(random, device)
@@ -310,26 +375,61 @@ class GraphPool:
                     raise NotRecorded(f"its result holds a {type(leaf).__name__}")
             del result
             beside = next((g.recording for g in self._graphs.values() if g.inputs[0].device == device), None)
-            recording = self.recorder.record(run, device, beside)
+            recording = self.recorder.record(recorded, device, beside)
         seen = {number: Seen(call.tensors[number]) for number in once.roots}
         return _Graph(inputs, once, recording, seen)
 
-    def _replay(
-        self, graph: _Graph, call: _Call, device: torch.device, around: Callable[[], AbstractContextManager[Any]]
-    ) -> Any:
+    def _replay(self, graph: _Graph, call: _Call, device: torch.device, around: Around) -> Any:
         with self.recorder.in_order(device):
-            changed = {}
-            with outside_inference():
-                for number, (mine, given) in enumerate(zip(graph.inputs, call.tensors, strict=True)):
-                    seen = graph.seen.get(number)
-                    if seen is None or not seen.still(given):
-                        mine.copy_(given)
-                        if seen is not None:
-                            changed[number] = Seen(given)
-            if changed:
-                with around(), _active(graph.once):
-                    graph.once.renew()
-                graph.seen.update(changed)
+            self._fill(graph, call, around)
             graph.recording.replay()
             self.replayed += 1
             return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, graph.recording.result)
+
+    def _replay_loop(
+        self,
+        graph: _Graph,
+        call: _Call,
+        device: torch.device,
+        around: Around,
+        times: int,
+        after: Callable[[], bool] | None,
+    ) -> tuple[list[Tensor], int]:
+        """The state after up to `times` replays, and how many there were."""
+        state = graph.inputs[: len(call.args[0])]
+        done = 0
+        graph.running = True
+        try:
+            with self.recorder.in_order(device):
+                self._fill(graph, call, around)
+                while done < times:
+                    graph.recording.replay()
+                    done += 1
+                    self.replayed += 1
+                    if after is not None and not after():
+                        break
+                return [tensor.clone() for tensor in state], done
+        finally:
+            graph.running = False
+            if done > 1:
+                self._unused = 0
+
+    def _fill(self, graph: _Graph, call: _Call, around: Around) -> None:
+        """Give a graph the values of a call, and make anew what depends on those that have changed."""
+        changed = {}
+        with outside_inference():
+            for number, (mine, given) in enumerate(zip(graph.inputs, call.tensors, strict=True)):
+                seen = graph.seen.get(number)
+                if seen is None or not seen.still(given):
+                    mine.copy_(given)
+                    if seen is not None:
+                        changed[number] = Seen(given)
+        if changed:
+            with around(), active(graph.once):
+                graph.once.renew()
+            graph.seen.update(changed)
+
+
+def _copies(call: _Call) -> list[Tensor]:
+    with outside_inference():
+        return [torch.empty_like(tensor).copy_(tensor) for tensor in call.tensors]

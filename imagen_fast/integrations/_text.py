@@ -18,8 +18,8 @@ from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_leaves
 
 from ._fused import own_methods
-from ._graphs import once_of_graph
 from ._kept import Seen, all_still, can_be_seen, kept, look_at, outside_inference, values_kept
+from ._once import once_of_graph
 from ._packed import PackedLinear
 
 _TEXTS = 2  # kept at a time: guidance may call a model by turns with two

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import is_plain, why_called
-from ._graphs import once_of_graph
 from ._kept import all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
+from ._once import once_of_graph
 from ._packed import linears
 
 _MOST_BYTES = 64 << 20  # of joined weights on a device, where they stand beside the layers' own

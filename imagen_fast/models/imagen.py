@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from ..config import from_dict, read_json, to_dict
 from ..diffusion.noise import AUGMENTATION, Noise
-from ..diffusion.sampling import Model, sample_loop
+from ..diffusion.sampling import sample_loop
 from ..errors import CheckpointError
 from ..files import atomic_directory
 from ..reference.guidance import DynamicThreshold
 from . import checkpoint
 from .cascade_config import ImagenConfig, StageConfig, StagePlan, check_interval
+from .guided import GuidedUNet
 from .t5 import T5Encoder
 from .t5.checkpoint import WRITTEN as TEXT_ENCODER_WRITTEN
 
@@ -209,17 +210,17 @@ class Imagen(nn.Module):
 
     def _model(
         self, stage: StageConfig, guidance: float, text: Tensor, mask: Tensor, low: Tensor | None, noise: Noise
-    ) -> Model:
+    ) -> GuidedUNet:
         unet = self.unets[stage.name]
         if low is None:
-            return guided_model(unet, text, mask, guidance)
+            return GuidedUNet(unet, text, mask, guidance)
         # Noise-conditioning augmentation: noise at low resolution, then upsampling, and the U-Net is told how much.
         timestep = int(stage.augmentation * stage.train_timesteps)
         alpha = stage.alphas_cumprod()[timestep].item() if timestep else 1.0
         low = alpha**0.5 * low + (1 - alpha) ** 0.5 * noise(*low.shape[1:], use=AUGMENTATION)
         low = F.interpolate(low, size=(stage.size, stage.size), mode="bilinear", align_corners=False)
         level = torch.full((low.shape[0],), timestep, dtype=torch.long, device=low.device)
-        return guided_model(unet, text, mask, guidance, low=low, augmentation=level)
+        return GuidedUNet(unet, text, mask, guidance, low=low, augmentation=level)
 
     @staticmethod
     def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
@@ -253,44 +254,6 @@ def _find(directory: str | os.PathLike[str]) -> Path:
         return Path(directory)
     known = f"not one of {', '.join(names)}" if names else "no cascade ships with this installation"
     raise CheckpointError(f"no cascade {os.fspath(directory)!r}: not a directory, and {known}")
-
-
-def guided_model(
-    unet: nn.Module,
-    text: Tensor,
-    mask: Tensor,
-    guidance: float,
-    *,
-    low: Tensor | None = None,
-    augmentation: Tensor | None = None,
-) -> Model:
-    """The U-Net with and without the text in one batch; without guidance, or without text in it, once.
-
-    Args:
-        unet: a `UNet` or `EfficientUNet`.
-        text, mask: (B, L, D) and (B, L).
-        guidance: its scale; 1 needs no second evaluation.
-        low, augmentation: a super-resolution U-Net's upsampled picture (B, 3, H, W) and its noise level (B,).
-    """
-    dtype = next(unet.parameters()).dtype
-    takes_text = unet.text is not None
-    once: dict[str, Tensor] = {"text": text.to(dtype), "text_mask": mask} if takes_text else {}
-    if augmentation is not None:
-        once["augmentation"] = augmentation
-    twice: dict[str, Tensor] = {}
-    if takes_text and guidance != 1:
-        twice = {name: torch.cat((tensor, tensor)) for name, tensor in once.items()}
-        twice["text_mask"] = torch.cat((mask, torch.zeros_like(mask)))
-
-    def model(sample: Tensor, timestep: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-        x = sample if low is None else torch.cat((sample, low), dim=1)
-        x = x.to(dtype)
-        if not guided or not twice:
-            return unet(x, timestep, **once), None
-        conditional, unconditional = unet(torch.cat((x, x)), torch.cat((timestep, timestep)), **twice).chunk(2)
-        return conditional, unconditional
-
-    return model
 
 
 def to_pictures(x: Tensor) -> list[Image]:

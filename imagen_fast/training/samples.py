@@ -13,7 +13,8 @@ from ..diffusion.sampling import sample_loop
 from ..diffusion.schedules import squaredcos_cap_v2
 from ..diffusion.step_table import StepTable
 from ..files import atomic_file
-from ..models.imagen import guided_model, to_pictures
+from ..models.guided import GuidedUNet
+from ..models.imagen import to_pictures
 from ..pictures import grid
 from .stages import BaseStage, DiffusionStage, SuperResolutionStage
 
@@ -44,7 +45,7 @@ def _base_samples(stage: BaseStage, modules: nn.ModuleDict, table: StepTable, gu
     tokens = stage.captions.tokenizer(list(prompts), max_length=config.max_text_length)
     input_ids, mask = (tensor.to(stage.device) for tensor in tokens)
     text = modules["text_encoder"](input_ids, mask)
-    model = guided_model(modules["unet"], text, mask, guidance)
+    model = GuidedUNet(modules["unet"], text, mask, guidance)
     noise = Noise(range(len(prompts)), stage.device)
     return sample_loop(model, table, noise, (3, config.size, config.size), guidance=guidance, threshold="static")
 
