@@ -59,7 +59,7 @@ class Copied:
 
     Attributes:
         name: of a packed layer, as in `named_modules`; of a converted weight, as in `named_parameters`.
-        kind: "packed" for oneDNN, or "converted" to another dtype.
+        kind: "packed" for oneDNN or, on other devices, with others to one product; or "converted" to another dtype.
         bytes: the most that the copy takes.
     """
 

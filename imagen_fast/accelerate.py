@@ -8,18 +8,16 @@ of each host library consist of is told by `imagen_fast.integrations`.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ._report import Accuracy, Copied, Left, Report, Swapped, count_modules, short
+from ._survey import Candidate, Survey, path, survey
 from ._verify import measure
 from .errors import UserError
 from .integrations import (
-    Form,
-    FusedMethod,
     Integration,
     Limits,
     Options,
@@ -30,8 +28,6 @@ from .integrations import (
     graphed,
     has_form,
     integration_of,
-    own_methods,
-    packed_bytes,
     reasons_of,
     summary,
     supported,
@@ -88,8 +84,9 @@ def accelerate(
 
     Args:
         obj: a model or system that an integration serves, such as `imagen_fast.models.Imagen` or its U-Nets.
-        inference: pack the weights of linear layers and convolutions for oneDNN on the CPU, and keep what
-            `cache_text` says. The packed copies are counted in the report. False keeps nothing.
+        inference: pack the weights of linear layers and convolutions for oneDNN on the CPU; on other devices have
+            queries, keys and values of the same pixels or tokens be one product, from a copy of their weights below
+            each other; keep what `cache_text` says. The copies are counted in the report. False keeps nothing.
         dtype: compute in this dtype, from converted copies of the weights, in calls of a model without gradients:
             inputs are cast, and outputs cast back. None leaves each model in its own dtype.
         memory_format: `torch.channels_last` brings the pictures that enter a model into that format.
@@ -130,22 +127,22 @@ def accelerate(
     integration = _integration(obj)
     _check_options(dtype, memory_format, pack_limit, graphs, graph_limit, graph_steps)
     limits = Limits(graph_limit, graph_steps)
-    survey = _survey(obj, integration, Options(inference, inference and cache_text), dtype, pack_limit)
+    found = survey(obj, integration, Options(inference, inference and cache_text), dtype, pack_limit)
     verified = verify is not None and verify is not False
     if strict:
-        _check_strict(obj, survey)
+        _check_strict(obj, found)
     if verified and any(parameter.is_meta for module in _modules(obj) for parameter in module.parameters(False)):
         raise ValueError("verify needs the weights of obj, and some are on the meta device")
-    for module in survey.withdrawn:
+    for module in found.withdrawn:
         give_back(module)
     swapped, changed = [], []
-    for name, module, fused, notes in survey.candidates:
+    for name, module, fused, notes in found.candidates:
         if not has_form(module, fused):
             give_back(module)
             take_form(module, fused)
             changed.append(module)
-        swapped.append(Swapped(name, _path(fused.original), _path(fused), fused.ops, tuple(notes)))
-    left, copies = survey.left, list(survey.packed)
+        swapped.append(Swapped(name, path(fused.original), path(fused), fused.ops, tuple(notes)))
+    left, copies = found.left, list(found.packed)
     unrecorded: dict[str, list[str]] = {}  # why parts run without graphs
     for name, part in integration.parts(obj).items():
         part_integration = integration_of(part)
@@ -160,21 +157,21 @@ def accelerate(
             if make is not None:
                 unrecorded[name] = [*reasons, *([] if why_not is None else [why_not])]
             if dtype is not None or memory_format is not None:
-                left += [] if why_not is None else [Left(name, _path(type(part)), why_not)]
+                left += [] if why_not is None else [Left(name, path(type(part)), why_not)]
                 copies += [] if why_not else _converted(name, part, dtype)
-    if verified and survey.candidates:
+    if verified and found.candidates:
         try:
-            swapped = _with_accuracy(obj, integration, survey.candidates, swapped, None if verify is True else verify)
+            swapped = _with_accuracy(obj, integration, found.candidates, swapped, None if verify is True else verify)
         except BaseException:
             for module in changed:
                 give_back(module)
-            if len(changed) == len(survey.candidates):  # none had its fused form before
+            if len(changed) == len(found.candidates):  # none had its fused form before
                 _detach(obj)
             raise
-    left += survey.over_limit
+    left += found.over_limit
     left += _parts_without_swaps(obj, integration, [*swapped, *left])
     told = summary(graphs, inference, limits, unrecorded)
-    return Report(_path(type(obj)), tuple(swapped), tuple(left), tuple(copies), told)
+    return Report(path(type(obj)), tuple(swapped), tuple(left), tuple(copies), told)
 
 
 _GRAPHS = ("auto", "off")
@@ -264,97 +261,16 @@ def _pieces(obj: Any) -> list[Any]:
     return list({id(piece): piece for piece in pieces}.values())
 
 
-class _Candidate(NamedTuple):
-    """A module that has a fused form, now or in a moment."""
-
-    name: str
-    module: Any
-    fused: Form
-    notes: list[str]
-
-
 def _integration(obj: Any) -> Integration:
     integration = integration_of(obj)
     if integration is None:
         inner = next((m for m in obj.modules() if integration_of(m)), None) if isinstance(obj, nn.Module) else None
         hint = f" It holds a {type(inner).__name__}, which can be passed instead." if inner is not None else ""
         raise TypeError(
-            f"obj must be of a class that an integration serves, got {_path(type(obj))}.{hint} "
+            f"obj must be of a class that an integration serves, got {path(type(obj))}.{hint} "
             f"Served are, with their subclasses: {supported()}"
         )
     return integration
-
-
-class _Survey(NamedTuple):
-    """What can be done to an object.
-
-    Attributes:
-        candidates: modules that have a fused form.
-        withdrawn: modules that have one that the options of this call do not allow.
-        left: modules that miss theirs narrowly.
-        over_limit: layers that are not packed because of the limit.
-        packed: the weights of those that are.
-    """
-
-    candidates: list[_Candidate]
-    withdrawn: list[nn.Module]
-    left: list[Left]
-    over_limit: list[Left]
-    packed: list[Copied]
-
-
-def _survey(
-    obj: Any, integration: Integration, options: Options, dtype: torch.dtype | None, pack_limit: int | None
-) -> _Survey:
-    """What can be done to an object. Changes nothing."""
-    survey = _Survey([], [], [], [], [])
-    room = float("inf") if pack_limit is None else pack_limit
-    seen: set[nn.Module] = set()
-    for part_name, part in integration.parts(obj).items():
-        part_integration = integration_of(part)
-        if part_integration is None:
-            continue
-        is_module = isinstance(part, nn.Module)
-        pieces = part.named_modules(memo=seen, prefix=part_name) if is_module else ((part_name, part),)
-        for name, module in pieces:
-            form = part_integration.form_of(name, module, options)
-            if form is not None and form.packs:
-                size = packed_bytes(module, dtype)
-                if size is None or (not has_form(module, form) and _why_left(module, form) is not None):
-                    continue
-                if size > room:
-                    survey.over_limit.append(Left(name, _path(form.original), "pack_limit is reached"))
-                    form = None
-                else:
-                    room -= size
-                    survey.packed.append(Copied(name, "packed", size))
-            if form is None:
-                if part_integration.has_fused(module):
-                    survey.withdrawn.append(module)
-                continue
-            reason = None if part_integration.has_fused(module) else _why_left(module, form)
-            if reason is None:
-                survey.candidates.append(_Candidate(name, module, form, form.obstacles(module)))
-            else:
-                survey.left.append(Left(name, _path(type(module)), reason))
-    return survey
-
-
-def _why_left(module: Any, form: Form) -> str | None:
-    if issubclass(form, FusedMethod):
-        own = getattr(type(module), form.method) is not getattr(form.original, form.method)
-        if type(module) is not form.original and (own or not form.subclasses):
-            return f"it is a subclass of {form.original.__name__}, which may compute something else"
-        if form.method in vars(module):
-            return f"its {form.method} is replaced on the instance"
-        return form.why_left(module)
-    if parametrize.is_parametrized(module):
-        return "it is parametrized"
-    if type(module) is not form.original:
-        return f"it is a subclass of {form.original.__name__}, which may compute something else"
-    if "forward" in vars(module) and "forward" not in own_methods(module).values():
-        return "its forward is replaced on the instance"
-    return None
 
 
 def _parts_without_swaps(obj: Any, integration: Integration, listed: list[Swapped | Left]) -> list[Left]:
@@ -363,29 +279,25 @@ def _parts_without_swaps(obj: Any, integration: Integration, listed: list[Swappe
     for name, part in integration.parts(obj).items():
         if not any(entry.name == name or entry.name.startswith(f"{name}." if name else "") for entry in listed):
             reason = "none of its modules has a fused form" if integration_of(part) else "no integration serves it"
-            left.append(Left(name, _path(type(part)), reason))
+            left.append(Left(name, path(type(part)), reason))
     return left
 
 
-def _check_strict(obj: Any, survey: _Survey) -> None:
-    problems = [f"{entry.name} ({short(entry.class_name)}): {entry.reason}" for entry in survey.left]
-    problems += [f"{name}: {note}" for name, _, _, notes in survey.candidates for note in notes]
-    if not survey.left and all(candidate.fused.packs for candidate in survey.candidates):
+def _check_strict(obj: Any, found: Survey) -> None:
+    problems = [f"{entry.name} ({short(entry.class_name)}): {entry.reason}" for entry in found.left]
+    problems += [f"{name}: {note}" for name, _, _, notes in found.candidates for note in notes]
+    if not found.left and all(candidate.fused.packs for candidate in found.candidates):
         problems = ["none of its modules has a fused form"]
     if problems:
         listed = "\n  ".join(problems)
         raise AccelerationError(f"{type(obj).__name__} cannot be accelerated entirely (strict=True):\n  {listed}")
 
 
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 # ---- verify
 
 
 def _with_accuracy(
-    obj: Any, integration: Integration, candidates: list[_Candidate], swapped: list[Swapped], inputs: Any
+    obj: Any, integration: Integration, candidates: list[Candidate], swapped: list[Swapped], inputs: Any
 ) -> list[Swapped]:
     """`swapped` with what was measured; restores `obj` and raises if a module falls short."""
     modules = {c.name: c.module for c in candidates if isinstance(c.module, nn.Module)}

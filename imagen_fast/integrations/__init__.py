@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ._converted import convert, converted_bytes, unconvert
 from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
 from ._graphed import Limits, Prepare, graphed, reasons_of, summary
-from ._packed import packed_bytes
+from ._packed import PackedLinear, joined_bytes, packed_bytes
 
 __all__ = [
     "Form",
@@ -26,6 +26,7 @@ __all__ = [
     "Integration",
     "Limits",
     "Options",
+    "PackedLinear",
     "convert",
     "converted_bytes",
     "forget",
@@ -33,6 +34,7 @@ __all__ = [
     "graphed",
     "has_form",
     "integration_of",
+    "joined_bytes",
     "own_methods",
     "packed_bytes",
     "reasons_of",

@@ -121,6 +121,14 @@ class FusedAttention(Fused, Attention):
                     found.append(f"{name} ({type(child).__name__}) is called as it is: {why}")
         return found
 
+    @classmethod
+    def joined(cls, module: Any) -> tuple[nn.Module, ...]:
+        if _why_processor_called(module) is not None or module.only_cross_attention:
+            return ()
+        if type(module.processor) in _PLAIN and module.is_cross_attention:
+            return ()
+        return module.to_q, module.to_k, module.to_v
+
     def forward(
         self,
         hidden_states: Tensor,

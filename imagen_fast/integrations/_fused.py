@@ -52,6 +52,12 @@ class Fused(nn.Module):
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
+    @classmethod
+    def joined(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        """The linear layers whose weights it keeps in one copy on a device other than the CPU, since it gives all of
+        them the same tensor; works before it has the form, too."""
+        return ()
+
     @staticmethod
     def compared(result: Any) -> Any:
         """The part of a result, its own or the original's, that `verify` compares: what both have in the same form."""

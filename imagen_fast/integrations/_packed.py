@@ -10,6 +10,9 @@ activation, the sum with a residual. A copy is used
 - without gradients, autocast, tracing, and modes or transforms of PyTorch that would not see the layer,
 - while the layer is plain (`why_called`) and its weight is the one that was packed, unchanged (`_kept.Seen`).
 
+On other devices some layers that read one tensor, such as the queries, keys and values of a block's own pixels, are one
+product: a copy of their weights stands below each other (`Fused.joined`), under the same conditions.
+
 Otherwise the layer does what it always did. `PackedLinear` and `PackedConv2d` are the forms that layers take under
 `accelerate(inference=True)`; a fused block computes with a child by `linear`, `linears` and `conv2d`, which call
 the child where it has no such form.
@@ -22,6 +25,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _conv3x3
@@ -29,6 +33,7 @@ from ..ops import _packed_linear as _product
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import Fused, own_methods, why_called
 from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
+from ._once import once_of_graph
 
 _ONEDNN = torch.ops.mkldnn
 _FEWEST_TILES = 32  # of 4x4 results, for Winograd's algorithm
@@ -39,6 +44,11 @@ _ACTIVATIONS: dict[str | None, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
 }
+
+
+def is_packed_by_onednn(device: torch.device) -> bool:
+    """Whether packing is oneDNN's for a layer on this device; elsewhere it is the joining of several."""
+    return device.type in ("cpu", "meta")
 
 
 class _Packed(NamedTuple):
@@ -107,9 +117,12 @@ def linears(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> tuple[T
         One (..., width) for each layer. The last dimension is dense, the others may not be.
     """
     if all(isinstance(layer, PackedLinear) and _is_plain(layer) for layer in layers):
-        packed = _packed_linear(owner, layers, x)
-        if packed is not None:
-            y = _run_linear(packed, x, None)
+        if is_packed_by_onednn(x.device):
+            packed = _packed_linear(owner, layers, x)
+            y = None if packed is None else _run_linear(packed, x, None)
+        else:
+            y = _joined_product(owner, layers, x)
+        if y is not None:
             return y.split([layer.out_features for layer in layers], dim=-1)  # type: ignore[misc]
     return tuple(layer(x) for layer in layers)
 
@@ -186,7 +199,7 @@ def _can_pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Ten
     return (
         type(x) is Tensor
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-        and x.device.type == "cpu"
+        and is_packed_by_onednn(x.device)
         and x.numel() > 0
         and torch._C._get_mkldnn_enabled()
         and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
@@ -217,6 +230,44 @@ def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packe
         packed = _Packed(look_at((*weights, *biases)), copy, bias)
     kept(owner)[key] = packed
     return packed
+
+
+class Joined(NamedTuple):
+    """Weights and biases of several layers, below each other."""
+
+    seen: tuple[Seen, ...]
+    weight: Tensor
+    bias: Tensor | None
+
+
+def joined(owner: nn.Module, key: Any, layers: Sequence[Any]) -> Joined:
+    """Of plain layers of one width, dtype and device, whose changes can be seen; kept beside the owner."""
+    weights = [layer._parameters["weight"] for layer in layers]
+    biases = [layer._parameters["bias"] for layer in layers]
+    found: Joined | None = kept(owner).get(key)
+    if found is None or not all_still(found.seen, (*weights, *biases)):
+        with outside_inference():
+            found = Joined(look_at((*weights, *biases)), torch.cat(weights), _joined_bias(weights, biases))
+        kept(owner)[key] = found
+    once = once_of_graph()
+    if once is not None:  # its graph reads it where it is
+        once.hold(found)
+    return found
+
+
+def _joined_product(owner: Any, layers: Sequence[Any], x: Tensor) -> Tensor | None:
+    """All results side by side, (..., sum of the widths); None where the owner has no such copy, or may not use it."""
+    key = ("joined", *map(id, layers))
+    if not isinstance(owner, Fused) or key[1:] != tuple(map(id, owner.joined(owner))) or not _kept_here(owner, key):
+        return None
+    if any(layer._parameters.get("weight") is None or layer.in_features != x.shape[-1] for layer in layers):
+        return None
+    tensors = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
+    like_x = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
+    if type(x) is not Tensor or not like_x or not can_be_seen(*tensors):
+        return None
+    found = joined(owner, key, layers)
+    return F.linear(x, found.weight, found.bias)
 
 
 def _can_add(add: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
@@ -290,10 +341,19 @@ def _can_transform(layer: Any) -> bool:
     )
 
 
+def joined_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
+    """What its part of a copy takes that it shares with others, if it computes in dtype; None where it has none."""
+    weight = layer._parameters.get("weight")
+    if not isinstance(layer, nn.Linear) or weight is None or is_packed_by_onednn(weight.device):
+        return None
+    bias = 0 if layer.bias is None else layer.bias.numel()
+    return (weight.numel() + bias) * (weight.dtype if dtype is None else dtype).itemsize
+
+
 def packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
     """The most that the packed weight of a layer takes, if it computes in dtype; None where it is not packed at all."""
     weight = layer._parameters.get("weight")
-    if weight is None or weight.device.type not in ("cpu", "meta"):
+    if weight is None or not is_packed_by_onednn(weight.device):
         return None
     dtype = weight.dtype if dtype is None else dtype
     if isinstance(layer, nn.Conv2d) and dtype in (torch.bfloat16, torch.float16) and _can_transform(layer):

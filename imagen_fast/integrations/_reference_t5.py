@@ -79,6 +79,11 @@ class FusedT5Attention(Fused, T5Attention):
     original = T5Attention
     ops = ("attention",)
 
+    @classmethod
+    def joined(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        assert isinstance(module, T5Attention)
+        return module.q, module.k, module.v
+
     def forward(self, x: Tensor, bias: Tensor | RelativePositionBias, key_mask: Tensor | None = None) -> Tensor:
         mixed = self.attended(x, bias, key_mask)
         return super().forward(x, bias, key_mask) if mixed is None else linear(self.o, mixed)

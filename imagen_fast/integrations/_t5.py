@@ -116,6 +116,10 @@ class SelfAttention(Fused):
             found.append(f"it attends as before: its heads are {module.key_value_proj_dim} wide, and {_HEADS}")
         return found
 
+    @classmethod
+    def joined(cls, module: Any) -> tuple[nn.Module, ...]:
+        return () if module.is_decoder else (module.q, module.k, module.v)
+
     def compute_bias(
         self, query_length: int, key_length: int, device: torch.device | None = None, past_seen_tokens: Any = 0
     ) -> Any:

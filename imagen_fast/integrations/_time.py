@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import is_plain, why_called
-from ._kept import all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
-from ._once import once_of_graph
-from ._packed import linears
+from ._kept import can_be_seen, drop, kept, values_kept
+from ._packed import is_packed_by_onednn, joined, linears
 
 _MOST_BYTES = 64 << 20  # of joined weights on a device, where they stand beside the layers' own
 
@@ -115,24 +114,15 @@ def _together(layers: list[Any], y: Tensor) -> tuple[Tensor, ...]:
     before = kept(layers[0]).get("joined")
     if before is not None and before[0] != key:  # others than last time
         drop(layers[0], before[0])
-    if y.device.type == "cpu":
+    if is_packed_by_onednn(y.device):
         results = linears(layers[0], layers, y)
         if key in kept(layers[0]):
             kept(layers[0])["joined"] = (key,)
             for layer in layers:
                 drop(layer, "packed")  # a copy that stands in the one for all, too
         return results
-    weights = [layer._parameters["weight"] for layer in layers]
-    biases = [layer._parameters["bias"] for layer in layers]
-    if sum(weight.nbytes for weight in weights) > _MOST_BYTES:
+    if sum(layer._parameters["weight"].nbytes for layer in layers) > _MOST_BYTES:
         return tuple(layer(y) for layer in layers)
-    found = kept(layers[0]).get(key)
-    if found is None or not all_still(found[0], (*weights, *biases)):
-        with outside_inference():
-            bias = None if biases[0] is None else torch.cat(biases)
-            found = look_at((*weights, *biases)), torch.cat(weights), bias
-        kept(layers[0]).update({key: found, "joined": (key,)})
-    once = once_of_graph()
-    if once is not None:
-        once.hold(found)
-    return F.linear(y, *found[1:]).split([layer.out_features for layer in layers], dim=-1)
+    found = joined(layers[0], key, layers)
+    kept(layers[0])["joined"] = (key,)
+    return F.linear(y, found.weight, found.bias).split([layer.out_features for layer in layers], dim=-1)

@@ -19,7 +19,7 @@ from ..models.unet import UNet
 from . import Integration
 from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
 from ._graphed import Prepare, of_step, of_text
-from ._packed import PackedConv2d, PackedLinear, conv2d
+from ._packed import PackedConv2d, PackedLinear, conv2d, linears
 from ._reference_t5 import T5_FORMS
 from ._time import projected
 
@@ -48,6 +48,11 @@ class FusedAttention(Fused, Attention):
     ops = ("group_norm_act", "attention")
     reads = {"norm": nn.GroupNorm}  # noqa: RUF012
 
+    @classmethod
+    def joined(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        assert isinstance(module, Attention)
+        return () if module.to_kv is None else (module.to_q, module.to_kv)
+
     def forward(self, x: Tensor, text: TextCondition | None) -> Tensor:
         return x + self.attend(group_norm_act(self.norm, x, None), text)
 
@@ -56,23 +61,28 @@ class FusedAttention(Fused, Attention):
         if not is_head_width(channels // self.heads):
             return super().attend(x, text)
         pixels = x.flatten(2).transpose(1, 2)  # (B, H*W, C)
-        q = self._split_heads(self.to_q(pixels))
+        own_kv: Tensor | None = None
+        if self.to_kv is None:
+            q = self.to_q(pixels)
+        else:
+            q, own_kv = linears(self, (self.to_q, self.to_kv), pixels)
+        q = self._split_heads(q)
         segments: list[tuple[Tensor | None, Tensor | None]] = []
         mask = None
         if self.to_text_kv is not None and text is not None:
-            segments.append(self._keys_and_values(self.to_text_kv, text.tokens))
+            segments.append(self._keys_and_values(self.to_text_kv(text.tokens)))
             mask = text.mask if self.to_kv is None else F.pad(text.mask, (0, height * width), value=True)
-        if self.to_kv is not None:
-            segments.append(self._keys_and_values(self.to_kv, pixels))
+        if own_kv is not None:
+            segments.append(self._keys_and_values(own_kv))
         (context_k, context_v), (k, v) = segments if len(segments) == 2 else ((None, None), *segments)
         assert k is not None and v is not None  # noqa: PT018
         h = attention(q, k, v, context_k=context_k, context_v=context_v, key_mask=mask)
         h = self.to_out(h.transpose(1, 2).reshape(batch, height * width, channels))
         return h.transpose(1, 2).reshape(batch, channels, height, width)
 
-    def _keys_and_values(self, project: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, heads, L, C / heads) each, parts of one projection of x (B, L, width)."""
-        k, v = project(x).chunk(2, dim=2)
+    def _keys_and_values(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, heads, L, C / heads) each, parts of one projection (B, L, 2 C)."""
+        k, v = both.chunk(2, dim=2)
         return self._split_heads(k), self._split_heads(v)
 
 

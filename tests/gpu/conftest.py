@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import torch
 
-_ON_A_DEVICE = ["test_every_op.py", "test_graphs.py", "test_large.py", "test_loops.py", "test_sampler.py"]
+_ON_A_DEVICE = [f"test_{name}.py" for name in ("every_op", "graphs", "joined", "large", "loops", "sampler")]
 collect_ignore = [] if torch.cuda.is_available() else _ON_A_DEVICE
