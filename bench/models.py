@@ -1,17 +1,17 @@
 """Cases of whole models, and the peers that they share.
 
-A model is a module whose forward takes the inputs of its case by name, all of them tensors, and returns one tensor. It
-is built by a function, in float32 and evaluation mode, from a seed or a file: in every process anew, and the same in
-all of them. What a peer makes of it counts as its preparation, building it does not.
+A model is a module whose forward takes the inputs of its case, by name or in their order, all of them tensors, and
+returns one tensor. It is built by a function, in float32 and evaluation mode, from a seed or a file: in every process
+anew, and the same in all of them. What a peer makes of it counts as its preparation, building it does not.
+
+A model may be a loop in Python around others, as a pipeline is. Then it names these parts: compilers and runtimes get
+them one by one, and the loop stays as it is.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import imagen_fast
 
-from .peers import PeerError, empty_caches, load_compiler
+from . import runtimes
+from .parts import hand_over
+from .peers import empty_caches, load_compiler
 from .registry import Case, Function, Peer, dtype_name
 
 Build = Callable[[], nn.Module]
@@ -41,21 +43,35 @@ def model_case(
     flops: int,
     moved: int,
     variants: Mapping[str, Prepare] | None = None,
+    parts: tuple[str, ...] = (),
+    accelerate: Callable[[Any], object] | None = None,
+    without: Iterable[str] = (),
+    needs_gpu: str = "",
     tags: Iterable[str] = (),
 ) -> Case:
     """A case of a model.
 
     Args:
-        op, name, title, shape, dtype, renewed, flops, tags: as of `Case`.
+        op, name, title, shape, dtype, renewed, flops, needs_gpu, tags: as of `Case`. The title has the batch as its
+            first factor, "2×": cases that differ in it alone are shown side by side.
         build: makes the model.
         inputs: the inputs by name; floating ones are cast to `dtype`.
         moved: the bytes of `Case`.
         variants: forms in which a user could run the model in PyTorch, by name, such as memory formats; each gets the
             model in `dtype` and returns it. The first is ours, too.
+        parts: names of the submodules that compilers and runtimes get, if not the model as a whole.
+        accelerate: how ours is made of the model; by default its children are accelerated.
+        without: names of peers that cannot take part.
     """
     variants = variants or {"plain": lambda model: model}
     ours_in = next(iter(variants))
     once = functools.cache(build)  # in a process of its own, where `Peer.load` fills it
+    accelerate = accelerate or _accelerate_children
+
+    def accelerated(model: nn.Module) -> Function:
+        accelerate(model)
+        return _on_first_device(model)
+
     apart = Peer("ours", {ours_in: lambda case: accelerated(variants[ours_in](once().to(dtype)))}, load=once)
 
     def make_inputs(generator: torch.Generator, device: str) -> dict[str, Any]:
@@ -78,50 +94,85 @@ def model_case(
         direction="forward",
         inputs=make_inputs,
         ours=lambda **values: ours_here()(**values),
-        eager=lambda **values: on_device(build().to(dtype), values)(**values),
-        truth=lambda **values: on_device(build().to(dtype).double(), values)(**values),
-        peers=tuple(_peers(once, dtype, variants)),
+        eager=lambda **values: _plain(build().to(dtype))(**values),
+        truth=lambda **values: _plain(build().to(dtype).double())(**values),
+        peers=tuple(peer for peer in _peers(once, dtype, variants, parts) if peer.name not in set(without)),
         bytes=moved,
         flops=flops,
         renewed=renewed,
         apart=apart,
+        needs_gpu=needs_gpu,
         tags=frozenset(tags),
     )
 
 
-def accelerated(model: nn.Module) -> Function:
-    """Ours."""
+def _accelerate_children(model: nn.Module) -> None:
     for part in model.children():  # the module of the case only calls the library's
         imagen_fast.accelerate(part)
-    return _on_first_device(model)
 
 
-def _on_first_device(model: nn.Module) -> Function:
+def _on_first_device(model: Any) -> Function:
     """The model, moved to where its first inputs are."""
     moved = functools.cache(lambda device: model.to(device))
     return lambda **values: moved(_device(values))(**values)
 
 
-def on_device(model: nn.Module, values: dict[str, Any]) -> nn.Module:
-    return model.to(_device(values))
+def _plain(model: Any) -> Function:
+    """The same without any of our kernels: the loops of this package's own models call its ops."""
+    run = _on_first_device(model)
+
+    def plain(**values: Any) -> Any:
+        with imagen_fast.use_backend("eager"):
+            return run(**values)
+
+    return plain
 
 
 def _device(values: dict[str, Any]) -> torch.device:
     return next(iter(values.values())).device
 
 
+# ---- Inputs
+
+
+def random_sentences(generator: torch.Generator, batch: int, length: int) -> Tensor:
+    """(B, L) uint8: lower-case letters with a space after every sixth."""
+    letters = torch.randint(ord("a"), ord("z") + 1, (batch, length), generator=generator, dtype=torch.uint8)
+    letters[:, 6::7] = ord(" ")
+    return letters
+
+
+def sentences(letters: Tensor) -> list[str]:
+    """The strings of (B, L) letters."""
+    return [bytes(line).decode("ascii") for line in letters.tolist()]
+
+
 # ---- Peers
 
 
-def _peers(once: Build, dtype: torch.dtype, variants: Mapping[str, Prepare]) -> list[Peer]:
+def _peers(once: Any, dtype: torch.dtype, variants: Mapping[str, Prepare], parts: tuple[str, ...]) -> list[Peer]:
     """Eager PyTorch and its compiler in the case's dtype; of the runtimes those that have it."""
 
     def in_eager(label: str) -> Function:
-        return _on_first_device(variants[label](once().to(dtype)))
+        return _plain(variants[label](once().to(dtype)))
 
     def in_compile(label: str, **options: Any) -> Function:
         model = variants[label](once().to(dtype))
-        return _on_first_device(torch.compile(model, dynamic=False, **options))  # type: ignore[arg-type]
+        if not parts:
+            return _plain(torch.compile(model, dynamic=False, **options))
+        for name in parts:
+            model.get_submodule(name).compile(dynamic=False, **options)
+        return _plain(model)
+
+    def in_runtime(runtime: Callable[..., Callable[..., Tensor]], case: Case) -> Function:
+        model = once()
+        once.cache_clear()  # what the runtime does not hold is given up
+        if not parts:
+            run = runtime(model, case.make_inputs(0), dtype)
+            return lambda **values: run(*values.values())
+        values = {name: _wide(value) for name, value in case.make_inputs(0).items()}
+        hand_over(model, parts, lambda: _plain(model)(**values), lambda *given: runtime(*given, dtype))
+        return _plain(model.to(dtype))
 
     last = list(variants)[-1]  # channels-last where that is a choice
     frozen = {"options": {"freezing": True}}  # weights become constants, packed once
@@ -138,66 +189,10 @@ def _peers(once: Build, dtype: torch.dtype, variants: Mapping[str, Prepare]) -> 
         ),
     ]
     if dtype == torch.float32:
-        peers.append(Peer("onnxruntime", {"fp32": lambda case: onnxruntime(once(), case)}, load=once))
+        peers.append(Peer("onnxruntime", {"fp32": functools.partial(in_runtime, runtimes.onnxruntime)}, load=once))
     if dtype in (torch.float32, torch.bfloat16):
-        peers.append(Peer("openvino", {dtype_name(dtype): lambda case: openvino(once(), case)}, load=once))
+        peers.append(Peer("openvino", {dtype_name(dtype): functools.partial(in_runtime, runtimes.openvino)}, load=once))
     return peers
-
-
-def _need(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PeerError(f"{', '.join(missing)} is not installed (pip install -r requirements-peers.txt)")
-
-
-def onnxruntime(model: nn.Module, case: Case) -> Function:
-    """A session of the exported model, on as many threads as PyTorch has."""
-    _need("onnx", "onnxscript", "onnxruntime")
-    import onnxruntime as runtime
-
-    values = case.make_inputs(0)
-    with tempfile.TemporaryDirectory(prefix="imagen-fast-bench-") as folder:
-        path = Path(folder) / "model.onnx"
-        given = {"args": (), "f": str(path), "kwargs": values, "input_names": list(values), "external_data": True}
-        try:
-            torch.onnx.export(model, dynamo=True, verbose=False, **given)
-        except torch.onnx.OnnxExporterError:  # transformers' masks are more than it can follow; the older one traces
-            torch.onnx.export(model, dynamo=False, **given)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(**given: Tensor) -> Tensor:
-        [output] = session.run(None, {name: value.numpy() for name, value in given.items()})
-        return torch.from_numpy(output)
-
-    return run
-
-
-def openvino(model: nn.Module, case: Case) -> Function:
-    """The converted model, from float32 weights, told to infer in the case's dtype."""
-    _need("openvino")
-    import openvino as ov
-
-    values = {name: _wide(value) for name, value in case.make_inputs(0).items()}
-    converted = ov.convert_model(model, example_input=values)
-    options = {
-        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[case.dtype],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    for port, (name, value) in zip(converted.inputs, values.items(), strict=True):
-        port.get_tensor().set_names({name})
-        port.get_node().set_partial_shape(ov.PartialShape(list(value.shape)))
-    converted.validate_nodes_and_infer_types()
-    request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
-
-    def run(**given: Tensor) -> Tensor:
-        arrays = {name: _wide(value).numpy() for name, value in given.items()}
-        results = request.infer(arrays, share_inputs=True, share_outputs=False)
-        return torch.from_numpy(results[0]).to(case.dtype)
-
-    return run
 
 
 def _wide(value: Tensor) -> Tensor:

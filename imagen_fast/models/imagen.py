@@ -180,13 +180,15 @@ class Imagen(nn.Module):
         guidance_interval: tuple[float, float] | None,
         progress: bool,
     ) -> Tensor:
-        """The pictures (B, 3, H, W) of the last stage, in [−1, 1]."""
+        """The pictures (B, 3, H, W) of the last stage, in [−1, 1]; sampled in float32, by U-Nets in float64 in that."""
+        exact = next(self.unets.parameters()).dtype == torch.float64
+        dtype = torch.float64 if exact else torch.float32
         text, mask = self._encode(prompts)
         picture: Tensor | None = None
         total = sum(len(plan.table) for plan in plans)
         with tqdm(total=total, disable=not progress, unit="step") as bar:
             for number, plan in enumerate(plans):
-                noise = Noise(seeds, self.device).of_stage(number)
+                noise = Noise(seeds, self.device, dtype).of_stage(number)
                 bar.set_description(f"{plan.stage.name} {plan.stage.size}×{plan.stage.size}")
                 model = self._model(plan.stage, plan.guidance, text, mask, picture, noise)
                 picture = sample_loop(

@@ -29,7 +29,7 @@ assert not {"transformers", "diffusers", "onnxruntime", "openvino"} & set(sys.mo
 print(len(models), all(case.apart and case.renewed for case in cases))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["3", "True"]
+    assert done.stdout.split() == ["6", "True"]
 
 
 def test_a_file_in_the_directory_is_an_op() -> None:
