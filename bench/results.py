@@ -188,6 +188,24 @@ class Result:
         )
         return "; ".join(part for part in parts if part)
 
+    def keep(self, earlier: Result, replaced: set[str]) -> None:
+        """Begin with the rows of an earlier result, but for those of some cases.
+
+        Raises:
+            UserError: it does not come from the same commit, PyTorch, machine and settings.
+        """
+
+        def source(result: Result) -> tuple[Any, ...]:
+            found = result.provenance
+            return found.commit, found.dirty, found.torch, result.name, result.settings
+
+        if source(earlier) != source(self):
+            raise UserError(f"--append: {self.name}.json comes from another commit, PyTorch, machine or settings")
+        self.limits = earlier.limits
+        self.rows = tuple(row for row in earlier.rows if row.case not in replaced)
+        self.failures = tuple(failure for failure in earlier.failures if failure.case not in replaced)
+        self.skipped = tuple(skip for skip in earlier.skipped if skip.case not in replaced)
+
     def write(self, directory: Path) -> Path:
         """Write `<op>-<machine>.json`, whole or not at all."""
         path = directory / f"{self.name}.json"

@@ -22,7 +22,7 @@ from . import registry, report
 from .floor import Limits
 from .measure import measure
 from .registry import Case
-from .results import Result, Skip
+from .results import Result, Skip, load
 from .timing import Settings
 
 _NOISY = 1.3  # 80 % over 20 % quantile above which a warning is printed
@@ -38,6 +38,7 @@ def run(
     settings: Settings | None = None,
     threads: int | None = None,
     budget: float = math.inf,
+    append: bool = False,
     progress: bool = True,
     directory: Path = registry.CASES_DIRECTORY,
 ) -> list[Result]:
@@ -53,6 +54,7 @@ def run(
         threads: number of threads of PyTorch and the kernels; unchanged by default.
         budget: seconds after which no further case is begun; the results are then not complete. Cases with the tag
             "headline" come first.
+        append: keep the other cases of the file that is there, so that several short runs make one result.
         progress: whether to show a progress bar on stderr.
         directory: where the cases are.
 
@@ -60,7 +62,8 @@ def run(
         One result per op.
 
     Raises:
-        UserError: an unknown op, case or peer, with the nearest name; a number of threads below 1; no such device.
+        UserError: an unknown op, case or peer, with the nearest name; a number of threads below 1; no such device; a
+            file to append to that does not come from the same commit, PyTorch, machine and settings.
         OutputError: `output` cannot be written, found out before anything is measured.
 
     Example:
@@ -76,8 +79,11 @@ def run(
         source = provenance.collect(settings.device)
         results = {op: Result(op, source, settings, Limits(device=settings.device)) for op in chosen}
         if output is not None:
-            for result in results.values():
-                check_writable(output / f"{result.name}.json")
+            for op, result in results.items():
+                file = output / f"{result.name}.json"
+                check_writable(file)
+                if append and file.exists():
+                    result.keep(load(file), replaced={each.name for each in chosen[op]})
         queue = []
         for each in (each for cases in chosen.values() for each in cases):
             if reason := each.obstacle(settings.device):
@@ -112,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="REGEX", help="only cases whose name it matches")
     parser.add_argument("--peers", metavar="NAME,...", help="only these peers, such as eager,compile (default: all)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write <op>-<machine>.json into this directory")
+    parser.add_argument("--append", action="store_true", help="keep what the file has of other cases")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: PyTorch's)")
     parser.add_argument("--quick", action="store_true", help="a short look instead of a measurement to record")
     parser.add_argument("--rounds", type=int, metavar="N", help="at least so many batches of each (default: 21)")
@@ -142,6 +149,7 @@ def main(args: argparse.Namespace) -> int:
         settings=settings,
         threads=args.threads,
         budget=args.budget,
+        append=args.append,
         progress=sys.stderr.isatty(),
     )
     for result in results:

@@ -99,6 +99,22 @@ def test_the_file_is_written_after_every_case(tmp_path: Path, monkeypatch: pytes
     assert not results.load(file).complete
 
 
+def test_runs_are_appended_to_one_another(tmp_path: Path) -> None:
+    run_toy("right-forward", ["eager"], output=tmp_path)
+    first = run_toy("right-backward", ["eager"], output=tmp_path, append=True)
+    assert [row.case for row in first.rows] == ["right-forward", "right-backward"]
+    [kept, _] = first.rows
+    again = run_toy("right-backward", ["eager"], output=tmp_path, append=True)
+    assert [row.case for row in again.rows] == ["right-forward", "right-backward"]
+    assert again.rows[0].ours.median == pytest.approx(kept.ours.median, rel=1e-4)
+    [file] = tmp_path.iterdir()
+    assert len(results.load(file).rows) == 2
+    file.write_text(file.read_text().replace('"torch": "', '"torch": "0.'))
+    with pytest.raises(UserError, match="comes from another commit, PyTorch, machine or settings"):
+        run_toy("right-backward", ["eager"], output=tmp_path, append=True)
+    assert len(run_toy("right-backward", ["eager"], output=tmp_path).rows) == 1
+
+
 def test_a_budget_ends_the_run_and_headline_cases_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     monkeypatch.setattr(run, "measure", lambda case, *_: measured.append(case.name) or ([], []))
