@@ -174,15 +174,15 @@ def _peers(once: Any, dtype: torch.dtype, variants: Mapping[str, Prepare], parts
         hand_over(model, parts, lambda: _plain(model)(**values), lambda *given: runtime(*given, dtype))
         return _plain(model.to(dtype))
 
-    last = list(variants)[-1]  # channels-last where that is a choice
+    first = next(iter(variants))  # channels-last where that is a choice
     frozen = {"options": {"freezing": True}}  # weights become constants, packed once
     peers = [
         Peer("eager", {label: lambda case, label=label: in_eager(label) for label in variants}, load=once),  # type: ignore[misc]
         Peer(
             "compile",
             {
-                "default": lambda case: in_compile(last),
-                "freezing": lambda case: in_compile(last, **frozen),
+                "default": lambda case: in_compile(first),
+                "freezing": lambda case: in_compile(first, **frozen),
             },
             load=lambda: (once(), load_compiler()),
             preparing=empty_caches,
