@@ -243,21 +243,22 @@ class GraphPool:
         """
         done = 0
         while done < times:
+            coming = False  # whether the next call of the kind is recorded
             try:
                 call = _Call((tuple(state), inputs), {})
                 device = call.device()
             except NotRecorded as reason:
                 self.note(str(reason))
-                return function(state, inputs), done + 1
-            key = ("repeated", kind, together, call.kind, _settings())
-            with self.lock:
-                record = partial(self._record_loop, function, type(state), call, device, together)
-                graph = self._graph(key, record, device)
-                if graph is not None and not graph.running:
-                    left = (times - done) // together
-                    results, replays = self._replay_loop(graph, call, device, around, left, after)
-                    return type(state)(*results), done + replays * together
-                coming = graph is None and self._met.get(key, False)
+            else:
+                key = ("repeated", kind, together, call.kind, _settings())
+                with self.lock:
+                    record = partial(self._record_loop, function, type(state), call, device, together)
+                    graph = self._graph(key, record, device)
+                    if graph is not None and not graph.running:
+                        left = (times - done) // together
+                        results, replays = self._replay_loop(graph, call, device, around, left, after)
+                        return type(state)(*results), done + replays * together
+                    coming = graph is None and self._may_record(key)
             for _ in range(together):
                 with self._apart.during(coming):
                     state = function(state, inputs)
@@ -278,7 +279,10 @@ class GraphPool:
             self._met[kind] = True
             if len(self._met) > _KINDS:
                 self._met.popitem(last=False)
-        return due is True and self._unused < 2 * self.limit
+        return due is True and self._may_record(kind)
+
+    def _may_record(self, kind: Hashable) -> bool:
+        return self._met.get(kind, False) and self._unused < 2 * self.limit
 
     def _graph(self, kind: Hashable, record: Callable[[], _Graph], device: torch.device) -> _Graph | None:
         """That of a kind, recorded if it is due; None if it is not, or cannot be."""

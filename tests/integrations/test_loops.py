@@ -273,10 +273,20 @@ def _child(model: Any) -> None:
 
 
 HALF = {"dtype": torch.bfloat16}
-CHANGES = [(_in_place, {}), (_in_place, HALF), (_moved, {}), (_moved, HALF), (_attribute, {}), (_child, {})]
+CHANGES = [
+    pytest.param(change, options, id=f"{change.__name__.strip('_')}{'-bf16' if options else ''}")
+    for change, options in (
+        (_in_place, {}),
+        (_in_place, HALF),
+        (_moved, {}),
+        (_moved, HALF),
+        (_attribute, {}),
+        (_child, {}),
+    )
+]
 
 
-@pytest.mark.parametrize(("change", "options"), CHANGES, ids=lambda value: getattr(value, "__name__", "")[1:])
+@pytest.mark.parametrize(("change", "options"), CHANGES)
 @pytest.mark.parametrize("when", ["between loops", "between steps"])
 @torch.no_grad()
 def test_changes_are_seen(
@@ -376,6 +386,21 @@ def test_a_callback_may_draw_with_the_same_model(recorder: OperatorRecorder) -> 
     assert torch.equal(*found)
     assert len(pictures) == 8
     assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_what_no_graph_can_have_is_computed_step_by_step(recorder: OperatorRecorder) -> None:
+    ours, plain, pool = pair("super")
+    steps: list[int] = []
+    found = []
+    for unet in (ours, plain):
+        level = nn.Parameter(torch.tensor([100]), requires_grad=False)
+        with torch.no_grad():
+            text, mask = torch.ones(1, 32, TEXT), torch.ones(1, 32, dtype=torch.bool)
+            model = GuidedUNet(unet, text, mask, 1.0, low=torch.ones(1, 3, 8, 8), augmentation=level)
+            found.append(sample_loop(model, SOLVERS["ddim"](4), Noise([1]), (3, 8, 8), on_step=lambda: steps.append(1)))
+    assert torch.equal(*found)
+    assert len(steps) == 8
+    assert pool.reasons == ["an argument is a Parameter, not a plain tensor"]
 
 
 def test_a_failure_of_recording_is_logged_once(recorder: OperatorRecorder, caplog: pytest.LogCaptureFixture) -> None:
