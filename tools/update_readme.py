@@ -3,8 +3,8 @@
     python tools/update_readme.py            writes README.md
     python tools/update_readme.py --check    only says whether it is up to date (exit status 1 if not)
 
-Results are the headline rows of every `bench/results/OP-*.json`, and support is what the ops themselves declare: no
-number and no claim of a kernel was typed by hand.
+Results are the headline rows of every `bench/results/OP-*.json`, with the throughput of models by batch, and support is
+what the ops themselves declare: no number and no claim of a kernel was typed by hand.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def filled(text: str, folder: Path) -> str:
         files = sorted(folder.glob(f"{place['op']}-*.json"))
         if not files:
             raise SystemExit(f"README.md shows results of {place['op']}, and {folder} has none")
-        made = [report.markdown(report.select(results.load(file), tag="headline")) for file in files]
+        made = []
+        for result in map(results.load, files):
+            made += filter(None, [report.markdown(report.select(result, tag="headline")), report.throughput(result)])
         return place["start"] + "".join(f"\n{table}\n\n" for table in made) + place["end"]
 
     return SUPPORT.sub(lambda place: f"{place['start']}\n{support()}\n\n{place['end']}", PLACE.sub(tables, text))
