@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -108,7 +109,9 @@ def test_unknown_instruction_set_in_the_environment_is_explained():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("pip")
+    # Not by importing it: in a process that has looked for pip, setuptools cannot be imported any more.
+    if "pip" not in {distribution.name for distribution in importlib.metadata.distributions()}:
+        pytest.skip("needs pip")
     folder = tmp_path_factory.mktemp("wheel")
     command = [
         "pip",

@@ -7,13 +7,15 @@ Nothing is launched: an op is called under `_triton.record`, and what its launch
 would compile it at that launch, for the architecture that the launcher has planned for. Which calls, says
 `tests/triton/calls/<op>.py`, or, where there is no such file, the op's bench cases tagged "headline" and "overhead".
 
-`tests/triton/test_offline.py` holds later kernels to what was written. Triton caches what it has compiled.
+`tests/triton/test_offline.py` holds later kernels to what was written. Triton caches what it has compiled, and
+`triton_known` tells, of what has been compiled on any machine, what it takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -28,6 +30,7 @@ from unittest import mock
 import kernel_resources
 import torch
 import triton
+import triton_known
 from kernel_resources import Kernels, Resources
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -44,6 +47,8 @@ KERNELS = ROOT / "kernels" / "triton"
 OPS = sorted(file.stem for file in KERNELS.glob("[!_]*.py"))
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+_RUNS = itertools.count()
 
 Call = Callable[[], Any]
 """Makes random inputs and calls the op. Gradients are taken if a result has them."""
@@ -88,15 +93,15 @@ class Compiled(NamedTuple):
 class _Driver:
     """Stands for the driver of a device that is not there: what Triton asks it before it compiles."""
 
-    def __init__(self, device: _triton.Device) -> None:
-        name = device.architecture
+    def __init__(self, device: _triton.Device, run: int) -> None:
+        name, self.run = device.architecture, run
         if name.startswith("gfx"):
             self.target = GPUTarget("hip", name, device.warp_size)
         else:
             self.target = GPUTarget("cuda", int(name.replace(".", "")), device.warp_size)
 
     def get_current_device(self) -> str:
-        return str(self.target)  # the key of what a kernel has compiled
+        return f"{self.target}, {self.run}"  # the key of what a kernel has compiled
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -106,9 +111,9 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _no_device(device: _triton.Device) -> Iterator[list[_triton.Launch]]:
+def _no_device(device: _triton.Device, run: int) -> Iterator[list[_triton.Launch]]:
     """Ops serve tensors of the CPU by Triton, with launches that are recorded and kernels that Triton can compile."""
-    driver.set_active(_Driver(device))
+    driver.set_active(_Driver(device, run))
     try:
         with (
             mock.patch.dict(backends._EMULATED, triton=True),
@@ -120,13 +125,25 @@ def _no_device(device: _triton.Device) -> Iterator[list[_triton.Launch]]:
         driver.set_active(None)  # found anew when it is needed
 
 
-def compile_all(op: str, architectures: Iterable[str] = tuple(_triton.KNOWN_DEVICES)) -> list[Compiled]:
-    """Every kernel of an op that its representative calls launch, for every architecture, each specialisation once."""
+def compile_all(
+    op: str,
+    architectures: Iterable[str] = tuple(_triton.KNOWN_DEVICES),
+    *,
+    known: triton_known.Known | None = None,
+    but: str | None = None,
+) -> list[Compiled]:
+    """Every kernel of an op that its representative calls launch, for every architecture, each specialisation once;
+    those that are known, but for one architecture, uncompiled."""
     found: dict[int, Compiled] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+    run = next(_RUNS)
+    with (
+        triton_known.recalled(known or {}, but),
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        triton.AsyncCompileMode(threads),
+    ):
         for architecture in architectures:
             for name, call in calls(op):
-                with _no_device(_triton.KNOWN_DEVICES[architecture]) as launches:
+                with _no_device(_triton.KNOWN_DEVICES[architecture], run) as launches:
                     _differentiate(call())
                     for launch in launches:
                         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
@@ -145,6 +162,8 @@ def _differentiate(outputs: Any) -> None:
 def resources(compiled: Compiled) -> Resources:
     """What ptxas or, for AMD, LLVM has written into the binary."""
     kernel = compiled.kernel
+    if is_recalled(compiled):
+        return kernel.resources
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -154,6 +173,11 @@ def resources(compiled: Compiled) -> Resources:
             ).stdout
         return {**parse_cuobjdump(report), "shared": kernel.metadata.shared}
     return {**parse_amdgcn(kernel.asm["amdgcn"]), "shared": kernel.metadata.shared}
+
+
+def is_recalled(compiled: Compiled) -> bool:
+    """Whether the kernel was known and not compiled."""
+    return hasattr(compiled.kernel, "resources")
 
 
 def parse_cuobjdump(report: str) -> Resources:
@@ -183,11 +207,13 @@ def main() -> None:
     parser = kernel_resources.arguments("Resources of the Triton kernels, compiled for every architecture.")
     parser.add_argument("--op", action="append", choices=OPS, help="may repeat (default: all)")
     options = parser.parse_args()
-    ops = {op: table(compile_all(op)) for op in options.op or OPS}
+    compiled = {op: compile_all(op) for op in options.op or OPS}
+    ops = {op: table(kernels) for op, kernels in compiled.items()}
     kernel_resources.show(ops)
     if options.write:
-        for op, kernels in ops.items():
-            TABLES.write(op, kernels)
+        for op, kernels in compiled.items():
+            TABLES.write(op, ops[op])
+            triton_known.write(op, {each.kernel.fingerprint: resources(each) for each in kernels})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Every Triton kernel is compiled for every architecture, without a device: it does, and what it takes is as known.
 
 The tables in `resources/` say what every kernel took of a multiprocessor; what takes noticeably more is a regression.
+What has been compiled before (`resources/known`) is compiled again for one architecture alone, or, where
+IMAGEN_FAST_COMPILE_ALL=1, for all of them.
 Which calls are compiled, and how, says `tools/triton_resources.py`. After a change that is worth it:
 `python tools/triton_resources.py --write`.
 """
@@ -8,6 +10,7 @@ Which calls are compiled, and how, says `tools/triton_resources.py`. After a cha
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +27,7 @@ if _triton.INTERPRETED:
     pytest.skip("kernels for Triton's interpreter cannot be compiled", allow_module_level=True)
 
 import kernel_resources
+import triton_known
 import triton_resources
 from triton_resources import OPS, TABLES, Compiled, compile_all
 
@@ -32,9 +36,13 @@ WRITE = "python tools/triton_resources.py --write"
 ops = pytest.mark.parametrize("op", OPS)
 
 
+ALWAYS = "9.0"  # the architecture for which everything is compiled
+
+
 @functools.cache
 def compiled(op: str) -> list[Compiled]:
-    return compile_all(op)
+    known = {} if os.environ.get("IMAGEN_FAST_COMPILE_ALL") == "1" else triton_known.read(op)
+    return compile_all(op, known=known, but=ALWAYS)
 
 
 @functools.cache
@@ -46,7 +54,9 @@ def table(op: str) -> kernel_resources.Kernels:
 def test_an_op_is_compiled_for_every_architecture(op: str, record_property: Callable[[str, object], None]) -> None:
     start = time.monotonic()
     kernels = compiled(op)
-    record_property("closing line", f"{op}: {len(kernels)} Triton kernels compiled in {time.monotonic() - start:.0f} s")
+    fresh = sum(not triton_resources.is_recalled(each) for each in kernels)
+    took = f"in {time.monotonic() - start:.0f} s, {len(kernels) - fresh} known"
+    record_property("closing line", f"{op}: {fresh} Triton kernels compiled {took}")
     for architecture in _triton.KNOWN_DEVICES:
         pointers = [
             {kind for kind in each.kernel.src.signature.values() if kind in ("*fp16", "*bf16")}
@@ -94,6 +104,34 @@ def test_no_kernel_takes_more_than_it_did(op: str) -> None:
     now = {(name, architecture) for name, each in table(op).items() for architecture in each}
     problems += [f"{op}: {', '.join(row)} is new or gone" for row in sorted(known ^ now)]
     assert not problems, "\n".join([*problems, f"If all of this is meant: {WRITE}"])
+
+
+@ops
+def test_what_is_known_is_what_the_compiler_says(op: str) -> None:
+    known = triton_known.read(op)
+    fresh = [each for each in compiled(op) if not triton_resources.is_recalled(each)]
+    assert {each.architecture for each in fresh} >= {ALWAYS}
+    wrong = [
+        f"{each.name}, {each.architecture}"
+        for each in fresh
+        if each.kernel.fingerprint in known and triton_resources.resources(each) != known[each.kernel.fingerprint]
+    ]
+    assert not wrong, "\n".join([*wrong, f"Was it written by another machine's compiler? {WRITE}"])
+
+
+def test_what_is_not_known_is_compiled() -> None:
+    fresh = compile_all("gated_gelu", [ALWAYS])
+    known = {each.kernel.fingerprint: triton_resources.resources(each) for each in fresh}
+    assert len(known) == len(fresh)
+    assert not any(map(triton_resources.is_recalled, fresh))
+    assert all(map(triton_resources.is_recalled, compile_all("gated_gelu", [ALWAYS], known=known)))
+    assert not any(map(triton_resources.is_recalled, compile_all("gated_gelu", ["8.0"], known=known)))
+    assert not any(map(triton_resources.is_recalled, compile_all("gated_gelu", [ALWAYS], known=known, but=ALWAYS)))
+    forgotten, _ = known.popitem()
+    again = [
+        each for each in compile_all("gated_gelu", [ALWAYS], known=known) if not triton_resources.is_recalled(each)
+    ]
+    assert [each.kernel.fingerprint for each in again] == [forgotten]
 
 
 def test_more_shared_memory_than_there_is_is_seen() -> None:
