@@ -2,19 +2,18 @@
 
     python tools/host_tests.py ~/diffusers tests/schedulers/test_scheduler_ddpm.py tests/pipelines/deepfloyd_if
     python tools/host_tests.py ~/transformers tests/models/t5 -- -k EncoderOnly
+    python tools/host_tests.py .venv/hosts/imagen-pytorch==2.1.0 imagen_pytorch/test --path ~/needed --empty torchvision
 
-The first argument is a checkout of the library's sources, of the version that is installed; then files or folders of
-tests in it, and options of pytest after `--`. Prints how the tests ended both ways and the names of those that pass
-plain and do not accelerated; exits with 1 if there are any. `--json FILE` records it, `--path FOLDER` is for what the
-tests import and this environment lacks.
+The first argument is a checkout of the library's sources, or a folder that it is installed in; then files or folders of
+tests in it, and options of pytest after `--`. The library is the installed one, or the one that the checkout or a
+`--path` holds. Prints how the tests ended both ways and the names of those that pass plain and do not accelerated, and
+exits with 1 if there are any or nothing was accelerated. The tests run without a network; `host_plugin.py` says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import importlib
 import importlib.metadata
 import json
 import os
@@ -26,115 +25,141 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import host_plugin
+from host_plugin import Plan
+
 CLASSES = {
     "diffusers": (
-        "UNet2DConditionModel",
-        *("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+        *("UNet2DConditionModel", "DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"),
+        *("EulerDiscreteScheduler", "IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"),
+        *("IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"),
     ),
     "transformers": (
-        *("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"),
-        *("T5Model", "T5ForConditionalGeneration", "UMT5Model", "UMT5ForConditionalGeneration"),
+        *("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel", "T5Model", "MT5Model", "UMT5Model"),
+        *("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"),
     ),
     "imagen_pytorch": ("Unet", "Imagen", "ElucidatedImagen"),
 }
-PLUGIN = Path(__file__).stem
 
 
-def pytest_configure() -> None:
-    """As a plugin of pytest: objects of these classes are accelerated as soon as they are constructed."""
-    import imagen_fast
+@dataclasses.dataclass
+class Outcome:
+    """How a run ended.
 
-    def accelerated(cls: type) -> None:
-        construct = cls.__init__
+    Attributes:
+        tests: by name "passed", "failed" or "skipped".
+        errors: of the failed ones, the kind of exception.
+        objects: by class, how many were constructed and how many of them accelerated; empty of a plain run.
+    """
 
-        @functools.wraps(construct)
-        def init(self: object, *args: object, **kwargs: object) -> None:
-            construct(self, *args, **kwargs)
-            if type(self) is cls:
-                imagen_fast.accelerate(self)
+    tests: dict[str, str]
+    errors: dict[str, str]
+    objects: dict[str, dict[str, int]]
 
-        cls.__init__ = init  # type: ignore[misc]
-
-    for host in os.environ["IMAGEN_FAST_HOSTS"].split():
-        library = importlib.import_module(host)
-        for name in CLASSES[host]:
-            accelerated(getattr(library, name))
+    def numbers(self) -> dict[str, int]:
+        return dict(sorted(Counter(self.tests.values()).items()))
 
 
-def outcomes(
-    checkout: Path, tests: list[str], options: list[str], host: str | None, paths: tuple[Path, ...] = ()
-) -> dict[str, str]:
-    """How every test ended: "passed", "failed" or "skipped"; accelerated if a host is named."""
+def run(given: argparse.Namespace, options: list[str], classes: list[str]) -> Outcome:
+    """Run the tests in a process of their own, with `classes` accelerated."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-        path = [Path(__file__).parent, checkout, *paths]
+        counts = Path(scratch) / "counts"
+        counts.mkdir()
+        configuration = given.checkout.resolve() / "pyproject.toml"
+        if not configuration.exists():  # or pytest would look for one further up, and find that of another project
+            configuration = Path(scratch) / "pytest.ini"
+            configuration.write_text("[pytest]\n", encoding="utf-8")
+        path = [Path(__file__).parent, given.checkout, *given.path]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(folder.resolve()) for folder in path)}
-        if host is not None:
-            command += ["-p", PLUGIN]
-            environment |= {"IMAGEN_FAST_HOSTS": host}
-        run = subprocess.run(
-            [*command, *options, *tests], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+        environment |= host_plugin.make_hub(Path(scratch) / "hub")
+        environment |= Plan(given.host, classes, given.empty, str(counts)).environment()
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", host_plugin.__name__]
+        command += [f"--rootdir={given.checkout.resolve()}", f"--config-file={configuration}", f"--junit-xml={report}"]
+        done = subprocess.run(
+            [*command, *options, *given.tests],
+            **{"cwd": given.checkout, "env": environment, "capture_output": True, "text": True, "check": False},
         )
-        if not report.exists():
-            raise SystemExit(f"pytest wrote no report:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
-        found = {}
+        if done.returncode not in (0, 1):  # of tests that passed or failed
+            raise SystemExit(f"pytest did not run the tests:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        tests, errors = {}, {}
         for case in ElementTree.parse(report).iter("testcase"):
-            ended = {child.tag for child in case}
             name = f"{case.get('classname')}::{case.get('name')}"
-            found[name] = "failed" if ended & {"failure", "error"} else "skipped" if "skipped" in ended else "passed"
-        return found
+            bad = [child for child in case if child.tag in ("failure", "error")]
+            if bad:
+                errors[name] = (bad[0].get("message") or "").partition(":")[0].strip()
+            tests[name] = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+        return Outcome(tests, errors, host_plugin.counted(counts))
 
 
-def record(host: str, tests: list[str], plain: dict[str, str], accelerated: dict[str, str]) -> dict[str, Any]:
-    """What a run leaves behind: the host's version, the classes accelerated, how the tests ended, and from where."""
+def broken(plain: Outcome, accelerated: Outcome) -> list[str]:
+    """The tests that pass plain and do not accelerated."""
+    return sorted(
+        name for name, ended in plain.tests.items() if ended == "passed" and accelerated.tests.get(name) != "passed"
+    )
+
+
+def record(given: argparse.Namespace, plain: Outcome, accelerated: Outcome) -> dict[str, Any]:
+    """What a run leaves behind: the host's version, how the tests ended, what was accelerated, and from where."""
     from imagen_fast import provenance
 
+    sys.path[:0] = map(str, [given.checkout, *given.path])  # the host may stand in one of them
+    version = importlib.metadata.version(given.host.replace("_", "-"))
     return {
-        "host": host,
-        "version": importlib.metadata.version(host.replace("_", "-")),
-        "classes": list(CLASSES[host]),
-        "tests": tests,
-        "plain": dict(sorted(Counter(plain.values()).items())),
-        "accelerated": dict(sorted(Counter(accelerated.values()).items())),
+        "host": given.host,
+        "version": version,
+        "tests_of": given.tests_of or version,
+        "tests": given.tests,
+        "plain": plain.numbers(),
+        "accelerated": accelerated.numbers(),
+        "objects": accelerated.objects,
         "broken": broken(plain, accelerated),
-        "failed_plain": sorted(name for name, ended in plain.items() if ended == "failed"),
+        "failed_plain": dict(sorted(plain.errors.items())),
         "provenance": dataclasses.asdict(provenance.collect()),
     }
 
 
-def broken(plain: dict[str, str], accelerated: dict[str, str]) -> list[str]:
-    """The tests that pass plain and do not accelerated."""
-    return sorted(name for name, ended in plain.items() if ended == "passed" and accelerated.get(name) != "passed")
-
-
-def main() -> int:
-    arguments, _, options = " ".join(sys.argv[1:]).partition(" -- ")
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What stands before `--`, and after."""
+    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("tests", nargs="+")
-    parser.add_argument("--host", choices=CLASSES, help="default: the name of the checkout's folder")
+    parser.add_argument("--host", help="the library as it is imported; default: by the name of the checkout's folder")
+    parser.add_argument("--class", dest="classes", action="append", metavar="NAME", help="accelerated; repeatable")
     parser.add_argument("--path", type=Path, action="append", default=[], help="a folder for PYTHONPATH; repeatable")
+    parser.add_argument("--empty", action="append", default=[], metavar="MODULE", help="imported empty; repeatable")
+    parser.add_argument("--tests-of", metavar="VERSION", help="of the checkout, where it is not the library's")
     parser.add_argument("--json", type=Path, help="a file to record the outcome in")
-    given = parser.parse_args(arguments.split())
-    host = given.host or given.checkout.resolve().name.replace("-", "_")
-    if host not in CLASSES:
-        parser.error(f"--host is needed: {host!r} is none of {', '.join(CLASSES)}")
+    given = parser.parse_args(own)
+    given.host = given.host or given.checkout.resolve().name.partition("==")[0].replace("-", "_")
+    given.classes = given.classes or CLASSES.get(given.host)
+    if not given.classes:
+        parser.error(f"of {given.host} no class is known: --host, or --class, is one of {', '.join(CLASSES)}")
+    return given, options
 
-    plain = outcomes(given.checkout, given.tests, options.split(), None, tuple(given.path))
-    accelerated = outcomes(given.checkout, given.tests, options.split(), host, tuple(given.path))
+
+def main() -> int:
+    given, options = arguments(sys.argv[1:])
+    plain = run(given, options, [])
+    accelerated = run(given, options, list(given.classes))
     differences = broken(plain, accelerated)
     if given.json:
         from imagen_fast.files import atomic_file
 
-        sys.path[:0] = map(str, given.path)  # the host may stand in one of them
-        found = record(host, given.tests, plain, accelerated)
+        found = record(given, plain, accelerated)
         with atomic_file(given.json) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"plain:       {dict(Counter(plain.values()))}")
-    print(f"accelerated: {dict(Counter(accelerated.values()))}")
+    print(f"plain:       {plain.numbers()}")
+    print(f"accelerated: {accelerated.numbers()}")
+    for name, counts in accelerated.objects.items():
+        print(f"{name}: {counts['accelerated']} of {counts['constructed']} accelerated")
     for name in differences:
-        print(f"passes plain, {accelerated.get(name, 'missing')} accelerated: {name}")
+        print(f"passes plain, {accelerated.tests.get(name, 'missing')} accelerated: {name}")
+        print(f"    {accelerated.errors.get(name, '')}")
+    if not any(counts["accelerated"] for counts in accelerated.objects.values()):
+        print("nothing was accelerated")
+        return 1
     return int(bool(differences))
 
 
