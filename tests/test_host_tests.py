@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import host_plugin
 import host_tests
+import update_readme
 
 LIBRARY = """
 import not_installed
@@ -43,8 +44,10 @@ def test_is_skipped():
     pytest.skip("not today")
 
 class TestOfAClass(unittest.TestCase):
-    def test_goes_on(self):
-        self.assertFalse(Net().training is None)
+    def test_breaks_in_a_subtest(self):
+        for goes in (False, True):
+            with self.subTest(goes=goes):
+                self.assertTrue(goes or type(Net().down[0].resnet).__name__ == "ResnetBlock")
 """
 
 
@@ -71,14 +74,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_a_test_that_breaks_is_named_and_all_are_counted(checkout, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
     given = (checkout, "tests", "--class", "Net", "--empty", "not_installed", "--json", out)
-    assert run(monkeypatch, *given, "--", "-k", "not left_out or goes_on") == 1
+    assert run(monkeypatch, *given, "--", "-k", "not left_out") == 1
     named = "passes plain, failed accelerated: tests.test_net::test_breaks\n    AssertionError"
     assert named in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert (found["host"], found["version"], found["tests_of"]) == ("invented", "1.2.3", "1.2.3")
     assert found["plain"] == {"failed": 1, "passed": 4, "skipped": 1}
-    assert found["accelerated"] == {"failed": 2, "passed": 3, "skipped": 1}
-    assert found["broken"] == ["tests.test_net::test_breaks"]
+    assert found["accelerated"] == {"failed": 3, "passed": 2, "skipped": 1}
+    assert found["broken"] == ["tests.test_net.TestOfAClass::test_breaks_in_a_subtest", "tests.test_net::test_breaks"]
     assert found["failed_plain"] == {"tests.test_net::test_fails_anyway": "OSError"}
     assert found["objects"]["Net"]["accelerated"] == found["objects"]["Net"]["constructed"] > 3
     assert found["provenance"]["imagen_fast"]
@@ -108,3 +111,15 @@ def test_a_library_without_known_classes_is_refused(checkout, monkeypatch, capsy
     with pytest.raises(SystemExit):
         run(monkeypatch, checkout, "tests")
     assert "of invented no class is known" in capsys.readouterr().err
+
+
+def test_a_record_is_a_line_of_the_readme(tmp_path):
+    found = {
+        **{"host": "imagen_pytorch", "version": "2.1.0", "tests_of": "2.0.0", "tests": ["a/test_b.py", "c"]},
+        **{"plain": {"failed": 1, "passed": 7}, "accelerated": {"failed": 3, "passed": 5}, "broken": ["x", "y"]},
+        "objects": {"Unet": {"constructed": 4, "accelerated": 3}, "Imagen": {"constructed": 2, "accelerated": 2}},
+        "provenance": {"commit": "0123456789abcdef"},
+    }
+    (tmp_path / "host_tests-of-it.json").write_text(json.dumps(found), encoding="utf-8")
+    line = "| imagen-pytorch 2.1.0 | `test_b`, `c` of 2.0.0 | 5 | 2 | 0 | 1 | 5 | 0123456789 |"
+    assert update_readme.host_tests(tmp_path).splitlines()[2:] == [line]

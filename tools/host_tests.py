@@ -88,7 +88,8 @@ def run(given: argparse.Namespace, options: list[str], classes: list[str]) -> Ou
             bad = [child for child in case if child.tag in ("failure", "error")]
             if bad:
                 errors[name] = (bad[0].get("message") or "").partition(":")[0].strip()
-            tests[name] = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+            ended = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+            tests[name] = "failed" if tests.get(name) == "failed" else ended  # there may be an entry for each subtest
         return Outcome(tests, errors, host_plugin.counted(counts))
 
 

@@ -1,15 +1,17 @@
-"""Fills README.md between `<!-- results:OP -->` and `<!-- /results:OP -->`, and likewise between the `support` marks.
+"""Fills README.md between `<!-- results:OP -->` and `<!-- /results:OP -->`, and the marks `support` and `host_tests`.
 
     python tools/update_readme.py            writes README.md
     python tools/update_readme.py --check    only says whether it is up to date (exit status 1 if not)
 
-Results are the headline rows of every `bench/results/OP-*.json`, with the throughput of models by batch, and support is
-what the ops themselves declare: no number and no claim of a kernel was typed by hand.
+Results are the headline rows of every `bench/results/OP-*.json`, with the throughput of models by batch, support is what
+the ops themselves declare, and how the hosts' own tests ended is in `bench/results/host_tests-*.json`: no number or claim
+of a kernel was typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from imagen_fast.files import atomic_file
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(?P<start><!-- results:(?P<op>\w+) -->\n).*?(?P<end><!-- /results:(?P=op) -->)", re.DOTALL)
 
-SUPPORT = re.compile(r"(?P<start><!-- support -->\n).*?(?P<end><!-- /support -->)", re.DOTALL)
+MARK = r"(?P<start><!-- {0} -->\n).*?(?P<end><!-- /{0} -->)"
 
 
 def filled(text: str, folder: Path) -> str:
@@ -36,7 +38,11 @@ def filled(text: str, folder: Path) -> str:
             made += filter(None, [report.markdown(report.select(result, tag="headline")), report.throughput(result)])
         return place["start"] + "".join(f"\n{table}\n\n" for table in made) + place["end"]
 
-    return SUPPORT.sub(lambda place: f"{place['start']}\n{support()}\n\n{place['end']}", PLACE.sub(tables, text))
+    text = PLACE.sub(tables, text)
+    for mark, table in {"support": support(), "host_tests": host_tests(folder)}.items():
+        place = re.compile(MARK.format(mark), re.DOTALL)
+        text = place.sub(lambda found, table=table: f"{found['start']}\n{table}\n\n{found['end']}", text)
+    return text
 
 
 def support() -> str:
@@ -45,6 +51,24 @@ def support() -> str:
     for op in ops.__all__:
         has = backends._OPS[op].backends
         lines.append(f"| `{op}` | {' | '.join('yes' if name in has else 'not yet' for name in backends.NAMES)} |")
+    return "\n".join(lines)
+
+
+def host_tests(folder: Path) -> str:
+    """How the hosts' own tests ended: a line for each file of `tools/host_tests.py`."""
+    columns = ("library", "its tests", "pass both ways", "only plain", "skipped", "fail plain", "objects accelerated")
+    lines = [f"| {' | '.join([*columns, 'commit'])} |", "|---" * 2 + "|--:" * 5 + "|---|"]
+    for file in sorted(folder.glob("host_tests-*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        plain, broken = found["plain"], len(found["broken"])
+        library = f"{found['host'].replace('_', '-')} {found['version']}"
+        tests = ", ".join(f"`{Path(test).stem}`" for test in found["tests"])
+        if found["tests_of"] != found["version"]:
+            tests += f" of {found['tests_of']}"
+        objects = sum(counts["accelerated"] for counts in found["objects"].values())
+        numbers = [plain.get("passed", 0) - broken, broken, plain.get("skipped", 0), plain.get("failed", 0), objects]
+        commit = found["provenance"]["commit"][:10]
+        lines.append(f"| {library} | {tests} | {' | '.join(map(str, numbers))} | {commit} |")
     return "\n".join(lines)
 
 
