@@ -97,6 +97,8 @@ def _is_floating(value: Any) -> bool:
 
 
 def _to_float64(value: Any) -> Any:
+    if hasattr(type(value), "to_float64"):  # it stands for a tensor that is not made
+        return value.to_float64()
     return value.double() if _is_floating(value) else value
 
 

@@ -35,6 +35,7 @@ class Fused(nn.Module):
 
     Attributes:
         original: the class that it takes the place of.
+        form: the class in which `original` is set; others derive from it.
         ops: the names of the ops that it calls.
         reads: the children whose parameters it reads, and the class that they must be of exactly.
         parameters_read: of those children.
@@ -45,12 +46,18 @@ class Fused(nn.Module):
     """
 
     original: ClassVar[type[nn.Module]]
+    form: ClassVar[type[Fused]]
     ops: ClassVar[tuple[str, ...]]
     packs: ClassVar[bool] = False
     caches_text: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "original" in vars(cls):
+            cls.form = cls
 
     @classmethod
     def joined(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -84,6 +91,7 @@ class FusedMethod:
         method: its name.
         ops: the names of the ops that it calls.
         subclasses: whether it also serves subclasses that have the method unchanged.
+        recordable: whether a CUDA graph may hold what it does: it keeps nothing.
     """
 
     original: ClassVar[type]
@@ -92,6 +100,7 @@ class FusedMethod:
     packs: ClassVar[bool] = False
     caches_text: ClassVar[bool] = False
     subclasses: ClassVar[bool] = False
+    recordable: ClassVar[bool] = False
     names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, owner: Any) -> None:
@@ -192,7 +201,7 @@ def why_called(
     it. Dynamo ignores hooks that are added after compilation, here as in any module.
     """
     own = type(child)  # a parametrized module has a class of its own
-    if own is not expected and own.__dict__.get("original") is not expected:
+    if own is not expected and (getattr(own, "form", None) is not own or own.original is not expected):
         return f"it is not exactly a {expected.__name__}"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "it has hooks"

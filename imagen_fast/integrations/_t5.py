@@ -1,14 +1,12 @@
-"""Attention of transformers' T5 family on `ops.attention`, by the library's own two points of extension.
+"""Attention of transformers' T5 family on `ops.attention`, in encoders.
 
-transformers looks up the function that attends, and the one that makes its mask, by the name in a model's
-configuration. `imagen_fast_NAME` are such names, for each NAME that a model may have had before: so the one to go back
-to is kept in the name itself. A model on them
+The name of the attention in a model's configuration stays as it is: transformers and its users compare it. With each
+name in `_OVER` fused blocks attend by the op, and go to the function of that name for what the op has no form for. They
 
-- gets a mask of shape (B, 1, 1, K) where only padding is masked, instead of (B, 1, Q, K);
-- computes the bias of relative positions inside the kernel, from the table: a fused attention block hands on a
-  `PositionBias` in the place of the (1, H, Q, K) tensor, and whatever else meets it makes that tensor of it.
-
-The attention blocks of an encoder on these names project queries, keys and values in one product (`_packed`).
+- get a mask of shape (B, 1, 1, K), where the caller masks padding alone, instead of (B, 1, Q, K);
+- compute the bias of relative positions inside the kernel, from the table: a fused attention block hands on a
+  `PositionBias` in the place of the (1, H, Q, K) tensor, and whatever else meets it makes that tensor of it;
+- project queries, keys and values in one product (`_packed`).
 """
 
 from __future__ import annotations
@@ -19,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function
+from transformers import AttentionInterface, PreTrainedModel
 
 from .. import ops
 from ..ops.attention import RelativePositionBias
-from ._fused import Fused, is_plain, why_called
+from ._fused import Fused, FusedMethod, is_plain, why_called
 from ._packed import linears
 
-PREFIX = "imagen_fast_"
 _OVER = ("sdpa", "eager", "flex_attention")
 
 _HEADS = "the op needs a multiple of 8 up to 256"
@@ -61,6 +57,10 @@ class PositionBias:
         """As the library computes it."""
         library: Any = self.attention.original
         return library.compute_bias(self.attention, *self.arguments)
+
+    def to_float64(self) -> Tensor:
+        """The tensor that `verify` gives to an original in float64."""
+        return self.tensor().double()
 
     @classmethod
     def __torch_function__(
@@ -125,16 +125,15 @@ class SelfAttention(Fused):
     ) -> Any:
         if (
             query_length == key_length
-            and not self.is_decoder
-            and self.config._attn_implementation.startswith(PREFIX)
+            and self.is_on_ours()
             and why_called(self.relative_attention_bias, nn.Embedding, self.parameters_read) is None
         ):
             return PositionBias(self, query_length, key_length, device)
         return super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
 
     def is_on_ours(self) -> bool:
-        """Whether it attends, in an encoder, by the functions of this file."""
-        return not self.is_decoder and self.config._attn_implementation.startswith(PREFIX)
+        """Whether it attends by the functions of this file."""
+        return not self.is_decoder and self.config._attn_implementation in _OVER
 
     def attended(self, x: Tensor, mask: Any, position_bias: Any, options: dict[str, Any]) -> tuple[Tensor, Any, Any]:
         """Everything but the output's projection, for a block that `is_on_ours`.
@@ -154,15 +153,15 @@ class SelfAttention(Fused):
                 position_bias = self.compute_bias(x.shape[1], x.shape[1], device=x.device)
             else:
                 position_bias = torch.zeros((1, self.n_heads, x.shape[1], x.shape[1]), device=q.device, dtype=q.dtype)
-        over = self.config._attn_implementation.removeprefix(PREFIX)
+        over = self.config._attn_implementation
         dropout = self.dropout if self.training else 0.0
-        mixed, weights = attend(
+        mixed, weights = _attend(
             over, self, q, k, v, mask, dropout, self.scaling, position_bias=position_bias, **options
         )
         return mixed.reshape(*x.shape[:-1], -1), position_bias, weights
 
 
-def attend(
+def _attend(
     over: str,
     module: nn.Module,
     query: Tensor,
@@ -174,10 +173,10 @@ def attend(
     position_bias: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function as transformers calls it; gives (B, Q, H, D) and, where they are asked for, the weights.
+    """What an attention function of transformers gives: (B, Q, H, D) and, where they are asked for, the weights.
 
-    What the op has no form for goes to the function `over`, which the model had before: dropout, weights to be
-    returned, a mask that differs between queries together with a bias from the table.
+    What the op has no form for goes to the function `over`: dropout, weights to be returned, a mask that differs
+    between queries together with a bias from the table.
     """
     served = (
         dropout == 0.0
@@ -245,30 +244,32 @@ def _mask_for(over: str, mask: Any, query: Tensor) -> Any:
     return mask
 
 
-def make_mask(
-    over: str,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *args: Any,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    **kwargs: Any,
-) -> Tensor | None:
-    """A mask function as transformers calls it: of padding alone, one row for all queries."""
-    if mask_function is bidirectional_mask_function and not use_vmap and not args and not kwargs.get("local_size"):
-        if attention_mask is None:
-            return None
-        if attention_mask.dim() == 2 and attention_mask.shape[1] == kv_length:
-            return attention_mask[:, None, None].to(torch.bool)
-    return AttentionMaskInterface()[over](
-        batch_size,
-        q_length,
-        kv_length,
-        *args,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        use_vmap=use_vmap,
-        **kwargs,
-    )
+class EncoderForward(FusedMethod):
+    """The `forward` of an encoder's stack of blocks: they get a mask of padding with one row for all queries.
+
+    The stack keeps its class, by whose name transformers knows what to record in it.
+    """
+
+    original = PreTrainedModel
+    method = "forward"
+    ops = ()
+    recordable = True
+
+    @property
+    def __func__(self) -> Any:
+        """As of the bound method in whose place this is; signatures are read from it."""
+        return type(self.owner).forward
+
+    @property
+    def __wrapped__(self) -> Any:
+        return type(self.owner).forward.__get__(self.owner)
+
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and self._is_on_ours():
+            device = next((x.device for x in (input_ids, kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None)
+            attention_mask = attention_mask[:, None, None].to(device=device, dtype=torch.bool)
+        return type(self.owner).forward(self.owner, input_ids, attention_mask, *args, **kwargs)
+
+    def _is_on_ours(self) -> bool:
+        attentions = [getattr(block.layer[0], "SelfAttention", None) for block in self.owner.block]
+        return all(isinstance(attention, SelfAttention) and attention.is_on_ours() for attention in attentions)

@@ -86,7 +86,7 @@ class Watched:
             return  # what is on the whole model runs around the graph
         if module._forward_hooks or module._forward_pre_hooks:
             self.obstacle = f"a {kind} in it has hooks"
-        elif "forward" in vars(module) and own_methods(module).get("forward") != "forward":
+        elif "forward" in vars(module) and not _has_known_forward(module):
             self.obstacle = f"the forward of a {kind} in it is replaced"
 
     def _walk(self, value: Any, depth: int) -> None:
@@ -120,3 +120,9 @@ class Watched:
             self._orders.append((container, [*map(id, container.values())]))
         else:
             self._copies.append((container, container.copy()))
+
+
+def _has_known_forward(module: nn.Module) -> bool:
+    """Of one that holds a forward itself: whether it is its class's, or does nothing that a graph could not hold."""
+    forward = vars(module)["forward"]
+    return own_methods(module).get("forward") == "forward" or (isinstance(forward, FusedMethod) and forward.recordable)

@@ -1,8 +1,7 @@
 """transformers' T5 family: T5 (and ByT5, which is one), mT5 and umT5; encoders foremost.
 
-Blocks of encoders, norms, gated feed-forwards and attention take fused forms. Attention is switched by the name of its
-implementation in each stack's configuration (see `_t5`), which transformers does not save. Decoders keep their own
-attention, with its caches.
+Blocks of encoders, norms, gated feed-forwards and attention take fused forms (see `_t5` for attention). Decoders keep
+their own attention, with its caches.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.models.mt5 import modeling_mt5
 from transformers.models.t5 import modeling_t5
@@ -22,16 +20,11 @@ from transformers.models.umt5 import modeling_umt5
 
 from .. import ops
 from . import Integration
-from ._fused import Fused, is_plain
+from ._fused import Fused, is_plain, own_methods
 from ._graphed import Prepare, of_text
 from ._packed import PackedLinear, linear
-from ._t5 import _OVER, PREFIX, SelfAttention, attend, make_mask
+from ._t5 import EncoderForward, SelfAttention
 from ._t5_blocks import EncoderBlock, GatedDense
-
-# Registering is how transformers is extended; nothing changes for a model that does not ask for these names.
-for _over in _OVER:
-    AttentionInterface.register(PREFIX + _over, partial(attend, _over))
-    AttentionMaskInterface.register(PREFIX + _over, partial(make_mask, _over))
 
 # ---- Fused forms
 
@@ -228,17 +221,26 @@ _STACKS = (modeling_t5.T5Stack, modeling_mt5.MT5Stack, modeling_umt5.UMT5Stack)
 
 
 def _attach(obj: nn.Module) -> None:
+    """The stacks of encoders in `obj`; the forward of `obj` itself is for what is asked of the whole (`_converted`)."""
     for module in obj.modules():
-        if isinstance(module, _STACKS) and not module.is_decoder:
-            name = module.config._attn_implementation
-            if name in _OVER:
-                module.set_attn_implementation(PREFIX + name)
+        if module is obj or not isinstance(module, _STACKS) or module.is_decoder or _encoder_forwards(module):
+            continue
+        held = [key for key, method in own_methods(module).items() if method == "forward"]  # by a wrapper
+        if held or "forward" not in vars(module):
+            vars(module)[held[0] if held else "forward"] = EncoderForward(module)
 
 
 def _detach(obj: nn.Module) -> None:
     for module in obj.modules():
-        if isinstance(module, _STACKS) and (module.config._attn_implementation or "").startswith(PREFIX):
-            module.set_attn_implementation(module.config._attn_implementation.removeprefix(PREFIX))
+        for key in _encoder_forwards(module):
+            if key == "forward":
+                del vars(module)[key]
+            else:
+                vars(module)[key] = type(module).forward.__get__(module)
+
+
+def _encoder_forwards(module: nn.Module) -> list[str]:
+    return [key for key, value in vars(module).items() if isinstance(value, EncoderForward)]
 
 
 def _parts(obj: nn.Module) -> Mapping[str, nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
-from imagen_fast.integrations import _packed
+from imagen_fast.integrations import _packed, _t5
 from imagen_fast.testing import assert_model_as_accurate
 
 transformers = pytest.importorskip("transformers")
@@ -356,6 +356,18 @@ def test_another_attention_can_be_chosen_later(family: str) -> None:
     assert_close(ours[kept], expected[kept])
 
 
+def test_the_configuration_stays_as_it_is(family: str) -> None:
+    """transformers compares the attention's name: weights, for one, can be asked for with "eager" alone."""
+    model = build(family, "eager")
+    imagen_fast.accelerate(model)
+    stacks = [module for module in model.modules() if isinstance(module, transformers.PreTrainedModel)]
+    assert {stack.config._attn_implementation for stack in stacks} == {"eager"}
+    for stack in stacks:
+        stack.config.output_attentions = True
+    with torch.no_grad():
+        assert len(model(**batch()).attentions) == SIZES["num_layers"]
+
+
 def test_heads_that_the_op_does_not_have_are_reported() -> None:
     model = build("t5", d_kv=12)
     with torch.no_grad():
@@ -381,9 +393,22 @@ def test_a_decoder_keeps_its_attention() -> None:
     asked = {**batch(), "max_new_tokens": 6, "do_sample": False, "decoder_start_token_id": 0}
     expected = model.generate(**asked)
     imagen_fast.accelerate(model)
-    assert model.encoder.config._attn_implementation == "imagen_fast_sdpa"
-    assert model.decoder.config._attn_implementation == "sdpa"
     assert torch.equal(model.generate(**asked), expected)
+
+
+def test_an_encoder_gets_one_row_of_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+    attended = _t5.SelfAttention.attended
+    monkeypatch.setattr(
+        _t5.SelfAttention, "attended", lambda self, x, mask, *rest: masks.append(mask) or attended(self, x, mask, *rest)
+    )
+    model = build(family)
+    imagen_fast.accelerate(model)
+    with torch.no_grad():
+        features(model)
+    batch_size, length = batch()["input_ids"].shape
+    assert {mask.shape for mask in masks} == {(batch_size, 1, 1, length)}
+    assert len(masks) == SIZES["num_layers"]
 
 
 def test_verify_measures_every_block(family: str) -> None:
@@ -429,3 +454,15 @@ def test_it_compiles_to_one_graph() -> None:
     with torch.no_grad():
         compiled = torch.compile(lambda ids: model(input_ids=ids).last_hidden_state, fullgraph=True)
         assert_close(compiled(ids), model(input_ids=ids).last_hidden_state)
+
+
+def test_a_decoder_compiles_to_one_graph() -> None:
+    """Dynamo gives up where a class's dictionary is read after dictionaries were written to."""
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(**{**SIZES, "num_layers": 1}, feed_forward_proj="gated-gelu", num_decoder_layers=1)
+    model = transformers.UMT5ForConditionalGeneration(config).eval()
+    imagen_fast.accelerate(model)
+    asked = {**batch(), "decoder_input_ids": batch()["input_ids"][:, :3]}
+    with torch.no_grad():
+        compiled = torch.compile(lambda **asked: model(**asked).logits, fullgraph=True, backend="eager")
+        assert_close(compiled(**asked), model(**asked).logits)
