@@ -3,9 +3,9 @@
     python tools/update_readme.py            writes README.md
     python tools/update_readme.py --check    only says whether it is up to date (exit status 1 if not)
 
-Results are the headline rows of every `bench/results/OP-*.json`, with the throughput of models by batch, support is what
-the ops themselves declare, and how the hosts' own tests ended is in `bench/results/host_tests-*.json`: no number or claim
-of a kernel was typed by hand.
+Results are the headline rows of every `bench/results/OP-*.json`, with the throughput of models by batch; support is
+what the ops themselves declare; how the hosts' own tests ended is in `bench/results/host_tests-*.json`. No number and
+no claim of a kernel was typed by hand.
 """
 
 from __future__ import annotations
