@@ -120,6 +120,7 @@ def test_a_record_is_a_line_of_the_readme(tmp_path):
         "objects": {"Unet": {"constructed": 4, "accelerated": 3}, "Imagen": {"constructed": 2, "accelerated": 2}},
         "provenance": {"commit": "0123456789abcdef"},
     }
-    (tmp_path / "host_tests-of-it.json").write_text(json.dumps(found), encoding="utf-8")
+    (tmp_path / "host_tests").mkdir()
+    (tmp_path / "host_tests" / "it.json").write_text(json.dumps(found), encoding="utf-8")
     line = "| imagen-pytorch 2.1.0 | `test_b`, `c` of 2.0.0 | 5 | 2 | 0 | 1 | 5 | 0123456789 |"
     assert update_readme.host_tests(tmp_path).splitlines()[2:] == [line]

@@ -2,7 +2,8 @@
 
     python tools/host_tests.py ~/diffusers tests/schedulers/test_scheduler_ddpm.py tests/pipelines/deepfloyd_if
     python tools/host_tests.py ~/transformers tests/models/t5 -- -k EncoderOnly
-    python tools/host_tests.py .venv/hosts/imagen-pytorch==2.1.0 imagen_pytorch/test --path ~/needed --empty torchvision
+    python tools/host_tests.py .venv/hosts/imagen-pytorch==2.1.0 imagen_pytorch/test --path ~/needed \\
+        --empty torchvision --empty torchvision.transforms --empty torchvision.utils
 
 The first argument is a checkout of the library's sources, or a folder that it is installed in; then files or folders of
 tests in it, and options of pytest after `--`. The library is the installed one, or the one that the checkout or a

@@ -4,7 +4,7 @@
     python tools/update_readme.py --check    only says whether it is up to date (exit status 1 if not)
 
 Results are the headline rows of every `bench/results/OP-*.json`, with the throughput of models by batch; support is
-what the ops themselves declare; how the hosts' own tests ended is in `bench/results/host_tests-*.json`. No number and
+what the ops themselves declare; how the hosts' own tests ended is in `bench/results/host_tests/*.json`. No number and
 no claim of a kernel was typed by hand.
 """
 
@@ -58,7 +58,7 @@ def host_tests(folder: Path) -> str:
     """How the hosts' own tests ended: a line for each file of `tools/host_tests.py`."""
     columns = ("library", "its tests", "pass both ways", "only plain", "skipped", "fail plain", "objects accelerated")
     lines = [f"| {' | '.join([*columns, 'commit'])} |", "|---" * 2 + "|--:" * 5 + "|---|"]
-    for file in sorted(folder.glob("host_tests-*.json")):
+    for file in sorted((folder / "host_tests").glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         plain, broken = found["plain"], len(found["broken"])
         library = f"{found['host'].replace('_', '-')} {found['version']}"
