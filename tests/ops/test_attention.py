@@ -393,6 +393,7 @@ def test_any_call(call: dict[str, Any]) -> None:
 # ---- What results do not depend on
 
 
+@pytest.mark.not_interpreted("the interpreter goes through programs one after the other, whatever the threads")
 @common_dtypes
 def test_result_does_not_depend_on_the_number_of_threads(kernel: str, dtype: torch.dtype) -> None:
     arguments = inputs(2, 3, 3, 130, 140, 33, 64, dtype)

@@ -265,6 +265,7 @@ def test_extreme_log_variances(kernel: str) -> None:
     assert_accurate(given)
 
 
+@pytest.mark.not_interpreted("tests/triton/interpreted/test_sampler_step.py does this, without threads")
 @pytest.mark.parametrize("layout_name", ["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(1, 3, 150, 149), (4, 3, 9, 7), (3, 3, 65, 66)], ids=str)
 def test_does_not_depend_on_threads_and_batch(kernel: str, shape: tuple[int, ...], layout_name: str) -> None:
