@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -327,6 +328,8 @@ def test_env_lists_every_backend_with_the_reason_against_it(capsys):
 
 
 def test_env_as_json_holds_machine_versions_and_libraries(capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("IMAGEN_FAST_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("IMAGEN_FAST_STRICT", "1")
     assert cli.main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
