@@ -27,7 +27,11 @@ from .registry import Case, Function, Peer, dtype_name
 Build = Callable[[], nn.Module]
 Prepare = Callable[[nn.Module], nn.Module]
 
-LAYOUTS: Mapping[str, torch.memory_format] = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+MEMORY_FORMATS: Mapping[str, Prepare] = {
+    "nhwc": functools.partial(nn.Module.to, memory_format=torch.channels_last),
+    "nchw": functools.partial(nn.Module.to, memory_format=torch.contiguous_format),
+}
+"""The variants of a model of pictures."""
 
 
 def model_case(

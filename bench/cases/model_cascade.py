@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models import Imagen
-from ..models import LAYOUTS, model_case, random_sentences, sentences
+from ..models import MEMORY_FORMATS, model_case, random_sentences, sentences
 from ..registry import Case
 
 OP = "model_cascade"
@@ -71,10 +71,7 @@ def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         renewed=("letters", "seeds"),
         flops=FLOPS_PER_SAMPLE * batch,
         moved=PARAMETERS * dtype.itemsize,
-        variants={
-            name: lambda model, layout=LAYOUTS[name]: model.to(memory_format=layout)  # type: ignore[misc]
-            for name in ("nhwc", "nchw")
-        },
+        variants=MEMORY_FORMATS,
         parts=PARTS,
         tags=tags or (),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models import Imagen
-from ..models import LAYOUTS, model_case
+from ..models import MEMORY_FORMATS, model_case
 from ..registry import Case
 
 OP = "model_emoji"
@@ -78,10 +78,7 @@ def _unet(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         renewed=("sample", "timestep"),
         flops=UNET_FLOPS_PER_SAMPLE * batch,
         moved=UNET_PARAMETERS * dtype.itemsize,
-        variants={
-            name: lambda model, layout=LAYOUTS[name]: model.to(memory_format=layout)  # type: ignore[misc]
-            for name in ("nhwc", "nchw")
-        },
+        variants=MEMORY_FORMATS,
         tags=tags or (),
     )
 

@@ -18,35 +18,25 @@ from torch.overrides import TorchFunctionMode
 
 import imagen_fast
 
-from ..models import LAYOUTS, model_case, random_sentences, sentences
+from ..models import MEMORY_FORMATS, model_case, random_sentences, sentences
 from ..registry import Case
+from .model_if_unet import CONFIG as LARGER_UNET
+from .model_if_unet import SIZE
 
 OP = "model_if_pipeline"
 BF16, FP32 = torch.bfloat16, torch.float32
-SIZE, LETTERS, TEXT_WIDTH = 64, 24, 384
+LETTERS, TEXT_WIDTH = 24, 384
 STEPS = 4  # IF's own number is 100
 GUIDANCE = 2.0  # IF's own is 7, which makes of these random weights' rounding in bfloat16 a tenth of the picture
 PARTS = ("text_encoder", "unet")
 PARAMETERS = 31_000_000
 FLOPS_PER_SAMPLE = 111_000_000_000  # of the convolutions and matrix products
 
-UNET: dict[str, Any] = {
-    "sample_size": SIZE,
-    "in_channels": 3,
-    "out_channels": 6,
-    "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "up_block_types": (*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+UNET: dict[str, Any] = LARGER_UNET | {
     "block_out_channels": (64, 128, 192, 256),
     "layers_per_block": 1,
-    "act_fn": "gelu",
-    "attention_head_dim": 64,
-    "addition_embed_type": "text",
     "cross_attention_dim": TEXT_WIDTH,
-    "cross_attention_norm": "group_norm",
     "encoder_hid_dim": TEXT_WIDTH,
-    "resnet_time_scale_shift": "scale_shift",
-    "time_embedding_act_fn": "gelu",
 }
 TEXT: dict[str, Any] = {
     "vocab_size": 384,
@@ -162,10 +152,7 @@ def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         renewed=("letters", "seeds"),
         flops=FLOPS_PER_SAMPLE * batch,
         moved=PARAMETERS * dtype.itemsize,
-        variants={
-            name: lambda model, layout=LAYOUTS[name]: model.to(memory_format=layout)  # type: ignore[misc]
-            for name in ("nhwc", "nchw")
-        },
+        variants=MEMORY_FORMATS,
         parts=PARTS,
         accelerate=lambda model: imagen_fast.accelerate(model.pipeline),
         tags=tags or (),

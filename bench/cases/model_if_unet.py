@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import LAYOUTS, model_case
+from ..models import MEMORY_FORMATS, model_case
 from ..registry import Case
 
 OP = "model_if_unet"
@@ -88,9 +88,6 @@ def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         renewed=("sample", "timestep"),
         flops=FLOPS_PER_SAMPLE * batch,
         moved=PARAMETERS * dtype.itemsize,
-        variants={
-            name: lambda model, layout=LAYOUTS[name]: model.to(memory_format=layout)  # type: ignore[misc]
-            for name in ("nhwc", "nchw")
-        },
+        variants=MEMORY_FORMATS,
         tags=tags or (),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import LAYOUTS, model_case
+from ..models import MEMORY_FORMATS, model_case
 from ..registry import Case
 from .model_if_unet import CONFIG as SMALL
 from .model_if_unet import SIZE, TOKENS, UNet
@@ -73,10 +73,7 @@ def _case(batch: int) -> Case:
         renewed=("sample", "timestep"),
         flops=FLOPS_PER_SAMPLE * batch,
         moved=PARAMETERS * 2,
-        variants={
-            name: lambda model, layout=LAYOUTS[name]: model.to(memory_format=layout)  # type: ignore[misc]
-            for name in ("nhwc", "nchw")
-        },
+        variants=MEMORY_FORMATS,
         without=("openvino",),
         needs_gpu="4.3 B parameters",
     )
