@@ -10,7 +10,7 @@ namespace imagen_fast::IMAGEN_FAST_ISA::group_norm_act {
 
 using namespace imagen_fast::group_norm_act;
 
-// Whether (sample, group) slabs, handed out whole, would leave threads idle.
+// Whether slabs of that many elements, such as samples or groups of one, handed out whole, would leave threads idle.
 inline bool should_split_slabs(int64_t slabs, int64_t slab_size) {
   const int64_t threads = num_threads();
   return slab_size > kElementsPerThread && 4 * ceil_div(slabs, threads) * threads > 5 * slabs;

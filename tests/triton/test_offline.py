@@ -29,6 +29,7 @@ if _triton.INTERPRETED:
 import kernel_resources
 import triton_known
 import triton_resources
+from triton.backends.compiler import GPUTarget
 from triton_resources import OPS, TABLES, Compiled, compile_all
 
 WRITE = "python tools/triton_resources.py --write"
@@ -132,6 +133,17 @@ def test_what_is_not_known_is_compiled() -> None:
         each for each in compile_all("gated_gelu", [ALWAYS], known=known) if not triton_resources.is_recalled(each)
     ]
     assert [each.kernel.fingerprint for each in again] == [forgotten]
+
+
+def test_a_fingerprint_tells_options_and_architectures_apart() -> None:
+    kernel = compile_all("gated_gelu", [ALWAYS])[0].kernel
+    target = kernel.metadata.target
+    keys = {
+        triton_known.fingerprint(kernel.src, each, options)
+        for each in (target, GPUTarget("cuda", 80, 32))
+        for options in ({}, {"num_warps": 8}, {"num_stages": 5})
+    }
+    assert len(keys) == 6
 
 
 def test_more_shared_memory_than_there_is_is_seen() -> None:
