@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ _SCHEMAS.define("_matrix_tiles() -> str")
 _SCHEMAS.define("_set_matrix_tiles(str name) -> ()")
 _SCHEMAS.define("_poison_outputs(bool on) -> ()")
 _SCHEMAS.define("_unwritten_output(int size) -> Tensor")
+_SCHEMAS.define("_fingerprints(Tensor[] tensors) -> Tensor")
 
 
 @functools.cache
@@ -35,6 +37,14 @@ def unavailable_reason() -> str | None:
 def load() -> bool:
     """Whether the library could be loaded."""
     return unavailable_reason() is None
+
+
+def fingerprints(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Where each tensor lies, its dtype, sizes and strides, and, on the CPU, a few of its numbers: a row for each.
+
+    Numbers are taken at equal distances; which ones depends on sizes and strides alone.
+    """
+    return torch.ops.imagen_fast._fingerprints(tensors)
 
 
 def cpu_capability() -> str:

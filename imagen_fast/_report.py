@@ -77,7 +77,7 @@ class Report:
         swapped: every module that has its fused form now, from earlier calls too.
         left: every module that was left as it is.
         copies: every weight that has a copy beside it, or gets one in the first call without gradients.
-        graphs: what is done about CUDA graphs.
+        graphs: whether and of what calls are recorded, to be repeated without their Python.
     """
 
     class_name: str
@@ -115,7 +115,7 @@ class Report:
             for kind in ("packed", "converted")
             if (count := sum(copied.kind == kind for copied in self.copies))
         ]
-        facts += [f"CUDA graphs: {self.graphs}"] if self.graphs else []
+        facts += [f"repeated calls: {self.graphs}"] if self.graphs else []
         return "\n\n".join([*tables, "\n".join(facts)] if facts else tables)
 
     def _swapped_rows(self) -> list[dict[str, Any]]:

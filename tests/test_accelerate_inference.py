@@ -211,7 +211,7 @@ def test_every_layer_is_packed_and_counted(dtype: torch.dtype) -> None:
         assert copies or not _conv3x3.available()
         assert report.bytes_of("packed") >= least + sum(copy.weight.nbytes for copy in copies) // 2
     assert f"{len(layers)} weights packed" in str(report)
-    assert "CUDA graphs: none" in str(report)
+    assert "repeated calls: of the model" in str(report)
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
     assert imagen_fast.accelerate(model) == report
 

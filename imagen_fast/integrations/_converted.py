@@ -40,6 +40,7 @@ class ConvertedForward(FusedMethod):
 
     def forget(self) -> None:
         self._copies: dict[int, tuple[Seen, Tensor]] = {}
+        self._current: tuple[Seen, list[Tensor]] | None = None  # all weights as they were, and their copies
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "dtype": self.dtype, "memory_format": self.memory_format}
@@ -53,12 +54,19 @@ class ConvertedForward(FusedMethod):
         return type(self.owner).forward
 
     @property
+    def __code__(self) -> Any:
+        """Of the same method; `torch.export` reads it."""
+        return type(self.owner).forward.__code__
+
+    @property
     def __wrapped__(self) -> Any:
         return type(self.owner).forward.__get__(self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.owner).forward
         if not values_kept():
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.forget()  # an optimizer may follow, whose writes can be hidden
             return forward(self.owner, *args, **kwargs)
         with self._lock, self._converted() as own:
             if own is None:
@@ -92,18 +100,23 @@ class ConvertedForward(FusedMethod):
         if found is None or not found:
             yield None
             return
-        copies = [(table, name, tensor, self._copy(tensor)) for table, name, tensor in found]
-        if len(self._copies) > len(copies):
-            alive = {id(tensor) for _, _, tensor in found}
-            self._copies = {key: kept for key, kept in self._copies.items() if key in alive}
+        copies = self._copies_of([tensor for _, _, tensor in found])
         try:
-            for table, name, _, copy in copies:
+            for (table, name, _), copy in zip(found, copies, strict=True):
                 table[name] = copy
             yield found[0][2].dtype
         finally:
-            for table, name, tensor, copy in copies:
+            for (table, name, tensor), copy in zip(found, copies, strict=True):
                 if table.get(name) is copy:
                     table[name] = tensor
+
+    def _copies_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._current is None or not self._current[0].still(*tensors):
+            copies = [self._copy(tensor) for tensor in tensors]
+            alive = {*map(id, tensors)}
+            self._copies = {key: kept for key, kept in self._copies.items() if key in alive}
+            self._current = Seen(*tensors), copies
+        return self._current[1]
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self.dtype is None or tensor.dtype == self.dtype:

@@ -1,8 +1,9 @@
-"""The `forward` of a model that replays CUDA graphs, on an instance that keeps its class.
+"""The `forward` of a model that repeats recorded calls, on an instance that keeps its class: CUDA graphs on CUDA
+devices (`_graphs`), lists of operators on the CPU (`_replays`).
 
-Graphs are used without gradients, where nothing watches the call (autocast, a compiler, a mode), as long as no module
-in the model has hooks or another forward, and on CUDA devices alone. Everything that a graph bakes in is looked at
-before each replay (`_watched`); after a change of any of it graphs are made anew.
+They are used without gradients, where nothing watches the call (autocast, a compiler, a mode), and as long as no module
+in the model has hooks, another forward, or a class of the user's. Everything that a record bakes in is looked at before
+each repetition (`_watched`); after a change of any of it records are made anew.
 
 A sampling loop of this package has the model repeat whole steps (`GraphedForward.repeat`): guidance's two halves, the
 solver's step and its noise are one graph then. It holds one step, which finds its row of the solver's table by a number
@@ -28,6 +29,7 @@ from ._converted import ConvertedForward
 from ._graphs import GraphPool
 from ._kept import values_kept
 from ._recorders import recorder_here
+from ._replays import ReplayPool
 from ._watched import Watched
 
 if TYPE_CHECKING:
@@ -42,12 +44,13 @@ class Prepared(NamedTuple):
     finish: Callable[[Any], Any] = lambda result: result
 
 
-# Brings the arguments of a call into the form in which it is recorded; a string says why it cannot be.
-Prepare = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "Prepared | str"]
+# Brings the arguments of a call of a model into the form in which it is recorded, padded if that is wanted; a string says
+# why it cannot be.
+Prepare = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool], "Prepared | str"]
 
 
 class Limits(NamedTuple):
-    """Of the graphs of one model.
+    """Of the graphs of one model, and of its records on the CPU.
 
     Attributes:
         graphs: how many it keeps, the least recently used of which go first.
@@ -59,6 +62,7 @@ class Limits(NamedTuple):
 
 
 DEFAULT = Limits()
+_MOST_CHANGES = 16  # in a row
 
 
 class GraphedForward(ConvertedForward):
@@ -80,12 +84,16 @@ class GraphedForward(ConvertedForward):
     ) -> None:
         self.prepare, self.limits = prepare, limits
         recorder = recorder_here()
-        self.pool = None if recorder is None else GraphPool(type(owner).__name__, recorder, limits.graphs)
+        name = type(owner).__name__
+        self.pool = None if recorder is None else GraphPool(name, recorder, limits.graphs)
+        self.replays = ReplayPool(name, limits.graphs)
         super().__init__(owner, dtype, memory_format)
 
     def forget(self) -> None:
         super().forget()
         self._watched: Watched | None = None
+        self._changes = 0  # since a record was used
+        self.replays.clear()
         if self.pool is not None:
             self.pool.clear()
 
@@ -93,18 +101,32 @@ class GraphedForward(ConvertedForward):
         return {**super().__getstate__(), "prepare": self.prepare, "limits": self.limits}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        pool = self.pool
-        if torch.compiler.is_compiling() or pool is None or not pool.serves(args, kwargs) or not values_kept():
+        if torch.compiler.is_compiling():
             return self._plain(*args, **kwargs)
+        if not values_kept():
+            return super().__call__(*args, **kwargs)
+        if self.pool is not None and self.pool.serves(args, kwargs):
+            return self._run(self.pool, *args, **kwargs)
+        if self.replays.serves(args, kwargs):
+            return self._run(self.replays, *args, **kwargs)
+        return self._plain(*args, **kwargs)
+
+    def _run(self, pool: GraphPool | ReplayPool, *args: Any, **kwargs: Any) -> Any:
         reason = self._obstacle(pool)
         if reason is None:
-            prepared = self.prepare(self.owner, args, kwargs)
+            prepared = self.prepare(self.owner, args, kwargs, pool.pads)
             if isinstance(prepared, Prepared):
                 result = pool.run(self._plain, prepared.args, prepared.kwargs, self._with_weights)
                 return prepared.finish(result)
             reason = prepared
         pool.note(reason)
         return self._plain(*args, **kwargs)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `repeat` may serve the model where it is."""
+        weight = next(self.owner.parameters(), None)
+        return self.pool is not None and weight is not None and weight.device.type == self.pool.recorder.device_type
 
     def repeat(
         self, step: Step, state: State, inputs: dict[str, Any], times: int, after: Callable[[], object] | None
@@ -153,12 +175,17 @@ class GraphedForward(ConvertedForward):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
-    def _obstacle(self, pool: GraphPool) -> str | None:
+    def _obstacle(self, pool: GraphPool | ReplayPool) -> str | None:
         """Why the model as it is cannot be recorded; drops the graphs of what it was."""
         with pool.lock, self._lock:  # while another thread's call has the converted weights in place
+            if self._changes > _MOST_CHANGES:
+                return "what it computes with changes from call to call"
             if self._watched is None or self._watched.has_changed():
                 pool.clear()
                 self._watched = Watched(self.owner)
+                self._changes += 1
+            elif len(pool):
+                self._changes = 0
             return self._watched.obstacle
 
     @contextmanager
@@ -176,8 +203,8 @@ def _divisor(times: int, most: int) -> int:
 
 
 def graphed(part: nn.Module, prepare: Prepare | None, limits: Limits) -> Callable[..., GraphedForward] | None:
-    """What makes the `GraphedForward` of a part; None where no graphs can be made of it."""
-    if prepare is None or recorder_here() is None:
+    """What makes the `GraphedForward` of a part; None where no calls of it are recorded."""
+    if prepare is None:
         return None
     return partial(GraphedForward, prepare=prepare, limits=limits)
 
@@ -185,7 +212,8 @@ def graphed(part: nn.Module, prepare: Prepare | None, limits: Limits) -> Callabl
 def reasons_of(part: nn.Module) -> list[str]:
     """Why calls of a part ran without a graph so far, or cannot have one."""
     forward = next((value for value in vars(part).values() if isinstance(value, GraphedForward)), None)
-    reasons = [] if forward is None or forward.pool is None else forward.pool.reasons
+    pools = [] if forward is None else [pool for pool in (forward.pool, forward.replays) if pool is not None]
+    reasons = [reason for pool in pools for reason in pool.reasons]
     obstacle = Watched(part).obstacle
     return list(dict.fromkeys([*reasons, *([] if obstacle is None else [obstacle])]))
 
@@ -203,18 +231,17 @@ def summary(asked: str, inference: bool, limits: Limits, reasons: dict[str, list
         return "off"
     if not inference:
         return "none; they are for inference"
-    if recorder_here() is None:
-        return "none; they concern CUDA devices, and there is none here"
     if not reasons:
-        return "none; they are made of U-Nets and text encoders"
+        return "none; they are of U-Nets and text encoders"
     facts = [f"of {name or 'the model'}" + (f" ({'; '.join(why)})" if why else "") for name, why in reasons.items()]
-    return f"{', '.join(facts)}: each recorded at the second call of its kind, at most {limits.graphs} at a time"
+    kinds = f"each kind recorded at its second call, {limits.graphs} at most"
+    return f"{', '.join(facts)}: {kinds}; a CUDA graph on a CUDA device, a list of operators on the CPU"
 
 
 # ---- Arguments
 
 
-def of_step(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | str:
+def of_step(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
     """A call of a U-Net: its time step, the second argument, goes to the device as a tensor, of which a graph is not
     the graph of one number alone."""
     sample = args[0] if args else kwargs.get("sample", kwargs.get("x"))
@@ -239,9 +266,11 @@ def _on_device(timestep: Any, device: torch.device) -> Any:
 LONGEST = 512  # tokens; texts beyond it are encoded as they are
 
 
-def of_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | str:
+def of_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
     """A call of a text encoder with tokens and their mask: both are padded to the next bucket, so that one graph serves
     all texts of about a length, and the result is cut. Padding is masked, so it changes nothing but rounding."""
+    if not pads:
+        return Prepared(args, kwargs)
     given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
     ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
     if len(args) > 2 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():

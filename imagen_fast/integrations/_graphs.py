@@ -32,24 +32,25 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import backends
 from ._kept import Seen, can_be_seen, outside_inference
 from ._once import Once, active, once_of_graph
+from ._operators import NotRecorded
 from ._recorders import Recorder, Recording
 
 logger = logging.getLogger("imagen_fast")
 
 _KINDS = 64  # of calls that are remembered without a graph
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
-
-
-class NotRecorded(Exception):
-    """Why a call runs without a graph."""
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
 
 
 # ---- Calls
 
 
 @dataclass
-class _Call:
-    """Arguments, taken apart: what tells a kind of call, and the tensors."""
+class Call:
+    """Arguments, taken apart: what tells a kind of call, and the tensors.
+
+    Raises:
+        NotRecorded: a call with such arguments cannot be recorded.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -65,7 +66,7 @@ class _Call:
                 raise NotRecorded(f"an argument is a {type(value).__name__}, not a plain tensor")
             self.tensors.append(value)
             return value.shape, value.stride(), value.dtype, value.device, can_be_seen(value)
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value), value
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return "dict", *((key, self._kind(item)) for key, item in value.items())
@@ -94,7 +95,7 @@ class _Call:
         return rebuilt(self.args), rebuilt(self.kwargs)
 
 
-def _settings() -> Hashable:
+def settings() -> Hashable:
     """Of PyTorch and this package: what the choice of kernels depends on besides the call."""
     return (
         backends.forced(),
@@ -153,10 +154,13 @@ class GraphPool:
         limit: the most graphs.
 
     Attributes:
+        pads: whether calls should be padded, so that a graph serves more of them.
         lock: held while a graph is recorded, filled, replayed and read.
         reasons: why calls ran without a graph.
         recorded, replayed: how often that was done.
     """
+
+    pads = True
 
     def __init__(self, name: str, recorder: Recorder, limit: int) -> None:
         self.name, self.recorder, self.limit = name, recorder, limit
@@ -199,12 +203,12 @@ class GraphPool:
             around: entered where a part of the function is computed again beside its graph, see `Once`.
         """
         try:
-            call = _Call(args, kwargs)
+            call = Call(args, kwargs)
             device = call.device()
         except NotRecorded as reason:
             self.note(str(reason))
             return function(*args, **kwargs)
-        kind = (call.kind, _settings())
+        kind = (call.kind, settings())
         with self.lock:
             graph = self._graph(kind, partial(self._record, function, call, device), device)
             if graph is not None:
@@ -245,12 +249,12 @@ class GraphPool:
         while done < times:
             coming = False  # whether the next call of the kind is recorded
             try:
-                call = _Call((tuple(state), inputs), {})
+                call = Call((tuple(state), inputs), {})
                 device = call.device()
             except NotRecorded as reason:
                 self.note(str(reason))
             else:
-                key = ("repeated", kind, together, call.kind, _settings())
+                key = ("repeated", kind, together, call.kind, settings())
                 with self.lock:
                     record = partial(self._record_loop, function, type(state), call, device, together)
                     graph = self._graph(key, record, device)
@@ -311,7 +315,7 @@ class GraphPool:
             self.note(f"{self._unused} graphs were recorded, and none was used again", logging.WARNING)
         return graph
 
-    def _record(self, function: Callable[..., Any], call: _Call, device: torch.device) -> _Graph:
+    def _record(self, function: Callable[..., Any], call: Call, device: torch.device) -> _Graph:
         inputs = _copies(call)
         args, kwargs = call.on(inputs)
 
@@ -321,7 +325,7 @@ class GraphPool:
         return self._recorded(run, run, inputs, 0, call, device)
 
     def _record_loop(
-        self, function: Callable[[Any, Any], Any], kind: type, call: _Call, device: torch.device, together: int
+        self, function: Callable[[Any, Any], Any], kind: type, call: Call, device: torch.device, together: int
     ) -> _Graph:
         inputs = _copies(call)
         (values, others), _ = call.on(inputs)
@@ -348,7 +352,7 @@ class GraphPool:
         recorded: Callable[[], Any],
         inputs: list[Tensor],
         state: int,
-        call: _Call,
+        call: Call,
         device: torch.device,
     ) -> _Graph:
         """
@@ -375,7 +379,7 @@ class GraphPool:
             if [tensor._version for tensor in inputs] != versions:
                 raise NotRecorded("it writes to its arguments")
             for leaf in tree_leaves(result):
-                if not isinstance(leaf, (Tensor, *_PLAIN)):
+                if not isinstance(leaf, (Tensor, *PLAIN)):
                     raise NotRecorded(f"its result holds a {type(leaf).__name__}")
             del result
             beside = next((g.recording for g in self._graphs.values() if g.inputs[0].device == device), None)
@@ -383,7 +387,7 @@ class GraphPool:
         seen = {number: Seen(call.tensors[number]) for number in once.roots}
         return _Graph(inputs, once, recording, seen)
 
-    def _replay(self, graph: _Graph, call: _Call, device: torch.device, around: Around) -> Any:
+    def _replay(self, graph: _Graph, call: Call, device: torch.device, around: Around) -> Any:
         with self.recorder.in_order(device):
             self._fill(graph, call, around)
             graph.recording.replay()
@@ -393,7 +397,7 @@ class GraphPool:
     def _replay_loop(
         self,
         graph: _Graph,
-        call: _Call,
+        call: Call,
         device: torch.device,
         around: Around,
         times: int,
@@ -418,7 +422,7 @@ class GraphPool:
             if done > 1:
                 self._unused = 0
 
-    def _fill(self, graph: _Graph, call: _Call, around: Around) -> None:
+    def _fill(self, graph: _Graph, call: Call, around: Around) -> None:
         """Give a graph the values of a call, and make anew what depends on those that have changed."""
         changed = {}
         with outside_inference():
@@ -434,6 +438,6 @@ class GraphPool:
             graph.seen.update(changed)
 
 
-def _copies(call: _Call) -> list[Tensor]:
+def _copies(call: Call) -> list[Tensor]:
     with outside_inference():
         return [torch.empty_like(tensor).copy_(tensor) for tensor in call.tensors]

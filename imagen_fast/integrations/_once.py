@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ._kept import outside_inference
@@ -40,10 +41,15 @@ class Once:
         if key not in self._made:
             if id(given) in self._numbers:
                 self.roots.add(self._numbers[id(given)])
-            result = make()
+            with _disable_current_modes():  # what records the call sees nothing of it
+                result = make()
             self._made[key] = make, result
             self._known.update((id(leaf), leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return self._made[key][1]
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether this is one of the inputs, or was made of one."""
+        return id(tensor) in self._known
 
     def renew(self) -> None:
         """Make everything anew, where it is."""

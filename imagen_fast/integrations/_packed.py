@@ -32,7 +32,7 @@ from ..ops import _conv3x3
 from ..ops import _packed_linear as _product
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import Fused, own_methods, why_called
-from ._kept import Seen, all_still, can_be_seen, drop, kept, look_at, outside_inference, values_kept
+from ._kept import Seen, can_be_seen, drop, kept, outside_inference, values_kept
 from ._once import once_of_graph
 
 _ONEDNN = torch.ops.mkldnn
@@ -52,7 +52,7 @@ def is_packed_by_onednn(device: torch.device) -> bool:
 
 
 class _Packed(NamedTuple):
-    seen: tuple[Seen, ...]
+    seen: Seen
     weight: Any  # a tensor, or the panels of this package's own product
     bias: Tensor | None
     is_transformed: bool = False  # for Winograd's algorithm, not for oneDNN
@@ -220,14 +220,14 @@ def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packe
     if not fits or not _can_pack(weights, biases, x):
         return None
     found = kept(owner).get(key)
-    if found is not None and all_still(found.seen, (*weights, *biases)):
+    if found is not None and found.seen.still(*weights, *biases):
         return found
     with outside_inference():
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         bias = _joined_bias(weights, biases)
         own = _product.is_faster(weight) and (bias is None or bias.is_contiguous())
         copy = _product.pack(weight) if own else _ONEDNN._reorder_linear_weight(weight)
-        packed = _Packed(look_at((*weights, *biases)), copy, bias)
+        packed = _Packed(Seen(*weights, *biases), copy, bias)
     kept(owner)[key] = packed
     return packed
 
@@ -235,7 +235,7 @@ def _packed_linear(owner: nn.Module, layers: Sequence[Any], x: Tensor) -> _Packe
 class Joined(NamedTuple):
     """Weights and biases of several layers, below each other."""
 
-    seen: tuple[Seen, ...]
+    seen: Seen
     weight: Tensor
     bias: Tensor | None
 
@@ -245,9 +245,9 @@ def joined(owner: nn.Module, key: Any, layers: Sequence[Any]) -> Joined:
     weights = [layer._parameters["weight"] for layer in layers]
     biases = [layer._parameters["bias"] for layer in layers]
     found: Joined | None = kept(owner).get(key)
-    if found is None or not all_still(found.seen, (*weights, *biases)):
+    if found is None or not found.seen.still(*weights, *biases):
         with outside_inference():
-            found = Joined(look_at((*weights, *biases)), torch.cat(weights), _joined_bias(weights, biases))
+            found = Joined(Seen(*weights, *biases), torch.cat(weights), _joined_bias(weights, biases))
         kept(owner)[key] = found
     once = once_of_graph()
     if once is not None:  # its graph reads it where it is
@@ -311,7 +311,7 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
         return None
     key = "transformed" if transforms else "packed"
     found = kept(layer).get(key)
-    if found is not None and all_still(found.seen, (weight, bias)):
+    if found is not None and found.seen.still(weight, bias):
         return found
     with outside_inference():
         if transforms:
@@ -319,7 +319,7 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
         else:
             where = (layer.padding, layer.stride, layer.dilation, layer.groups)
             copy = _ONEDNN._reorder_convolution_weight(weight.detach(), *where, list(x.shape))
-    packed = kept(layer)[key] = _Packed(look_at((weight, bias)), copy, bias, transforms)
+    packed = kept(layer)[key] = _Packed(Seen(weight, bias), copy, bias, transforms)
     return packed
 
 

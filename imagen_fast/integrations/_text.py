@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ._fused import own_methods
-from ._kept import Seen, all_still, can_be_seen, kept, look_at, outside_inference, values_kept
+from ._kept import Seen, can_be_seen, kept, outside_inference, same_numbers, values_kept
 from ._once import once_of_graph
 from ._packed import PackedLinear
 
@@ -29,7 +29,7 @@ _PURE = {nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Dropout, nn.Identity, nn.Modu
 class _Made(NamedTuple):
     text: Seen | Tensor
     state: Any
-    seen: tuple[Seen, ...]
+    seen: Seen
     result: Any
     versions: list[int]
 
@@ -52,15 +52,27 @@ def of_text(
     if description is None or (text.device.type != "cpu" and not can_be_seen(text)):
         return make()
     once = once_of_graph()
-    if once is not None:  # its graph is dropped when a module has changed
-        return once.of((id(owner), key), text, make)
+    if once is None:
+        return _kept_or_made(owner, key, description, text, make)
+    if text.device.type == "cpu" and once.knows(text):  # its record writes to what it reads, so not to what is kept
+        compute = make
+
+        def make() -> Any:
+            return tree_map(Tensor.clone, _kept_or_made(owner, key, description, text, compute))
+
+    return once.of((id(owner), key), text, make)  # dropped when a module has changed
+
+
+def _kept_or_made(
+    owner: nn.Module, key: str, description: tuple[Any, list[Tensor]], text: Tensor, make: Callable[[], Any]
+) -> Any:
     state, tensors = description
     entries: list[_Made] = kept(owner).setdefault(key, [])
     for i, made in enumerate(entries):
         if (
             made.state == state
             and _is_same(made.text, text)
-            and all_still(made.seen, tensors)
+            and made.seen.still(*tensors)
             and [tensor._version for tensor in tree_leaves(made.result)] == made.versions
         ):
             entries.insert(0, entries.pop(i))
@@ -71,28 +83,13 @@ def of_text(
         copy = text.clone() if text.device.type == "cpu" else Seen(text)
         result = make()
         versions = [tensor._version for tensor in tree_leaves(result)]
-        entries.insert(0, _Made(copy, state, look_at(tensors), result, versions))
+        entries.insert(0, _Made(copy, state, Seen(*tensors), result, versions))
     del entries[_TEXTS:]
     return result
 
 
 def _is_same(kept_text: Seen | Tensor, text: Tensor) -> bool:
-    if isinstance(kept_text, Seen):
-        return kept_text.still(text)
-    return (
-        kept_text.shape == text.shape
-        and kept_text.dtype == text.dtype
-        and kept_text.device == text.device
-        and torch.equal(_bits(kept_text), _bits(text))
-    )
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(x: Tensor) -> Tensor:
-    """As integers of its size: compared faster than 16-bit floats, and NaN is equal to itself."""
-    return x.view(_INTEGERS[x.itemsize])
+    return kept_text.still(text) if isinstance(kept_text, Seen) else same_numbers(kept_text, text)
 
 
 def _describe(modules: Iterable[nn.Module | None]) -> tuple[Any, list[Tensor]] | None:

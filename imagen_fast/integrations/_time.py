@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..reference.group_norm_act import ACTIVATIONS
 from ._fused import is_plain, why_called
 from ._kept import can_be_seen, drop, kept, values_kept
+from ._once import once_of_graph
 from ._packed import is_packed_by_onednn, joined, linears
 
 _MOST_BYTES = 64 << 20  # of joined weights on a device, where they stand beside the layers' own
@@ -59,7 +60,8 @@ class _Pass(threading.local):
         if first is not None:
             _groups[first] = self.layers
         self.x, self.version, self.activation = weakref.ref(x), _version(x), activation
-        self.numbers = x.detach().clone() if x.device.type == "cpu" else None
+        by_numbers = x.device.type == "cpu" and once_of_graph() is None  # a record sees every write
+        self.numbers = x.detach().clone() if by_numbers else None
         self.layers, self.made = [], {}
         layers = [other for reference in _groups.get(layer, ()) if (other := reference()) is not None]
         layers = list(dict.fromkeys(other for other in layers if _can_join(other, layer, x)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -25,6 +26,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _STANDARD = frozenset(vars(nn.Module()))  # attributes of every module
 _OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, Enum, FusedMethod)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+# Of whose code it is known that it does nothing but compute
+_LIBRARIES = frozenset(("torch", "imagen_fast", "diffusers", "transformers", "imagen_pytorch", "peft", "einops"))
 
 
 class Watched:
@@ -37,12 +40,13 @@ class Watched:
     def __init__(self, root: nn.Module) -> None:
         self.obstacle = "there are hooks on all modules" if _module._has_any_global_hook() else None
         self._root = root
-        self._copies: list[tuple[Any, Any]] = []  # dictionaries and lists, and what they held
+        self._empty: list[Any] = []  # dictionaries and lists
+        self._copies: list[tuple[Any, Any]] = []  # others, and what they held
         self._orders: list[tuple[Mapping[str, Any], list[int]]] = []  # those that hold tensors, and their identities
         self._tensors: list[Tensor] = []
         self._met: dict[int, Any] = {}  # objects by identity, which stays theirs as long as they are held here
         self._walk_module(root)
-        self._seen = [Seen(tensor) for tensor in self._tensors] if self.obstacle is None else []
+        self._seen = Seen(*(self._tensors if self.obstacle is None else ()))
         del self._tensors  # they are not held: a model may be moved, or get others
 
     def has_changed(self) -> bool:
@@ -58,11 +62,7 @@ class Watched:
         for table, order in self._orders:
             if [*map(id, table.values())] != order:
                 return True
-        for seen in self._seen:
-            tensor = seen.reference()
-            if tensor is None or not seen.still(tensor):
-                return True
-        return False
+        return any(self._empty) or not self._seen.are_still()
 
     def _walk_module(self, module: nn.Module) -> None:
         for inner in module.modules():
@@ -77,14 +77,18 @@ class Watched:
             for tensor in (*inner._parameters.values(), *inner._buffers.values()):
                 self._walk(tensor, 0)
             for key, value in attributes.items():
-                if key not in _STANDARD:
+                if key not in _STANDARD and key != "forward":
                     self._walk(value, 0)
 
     def _look_at_obstacles(self, module: nn.Module) -> None:
         kind = type(module).__name__
-        if module is self._root or self.obstacle is not None:
+        if self.obstacle is not None:
+            return
+        if not _is_known(type(module)):
+            self.obstacle = f"{kind} is a class of no library that is known"
+        elif module is self._root:
             return  # what is on the whole model runs around the graph
-        if module._forward_hooks or module._forward_pre_hooks:
+        elif module._forward_hooks or module._forward_pre_hooks:
             self.obstacle = f"a {kind} in it has hooks"
         elif "forward" in vars(module) and not _has_known_forward(module):
             self.obstacle = f"the forward of a {kind} in it is replaced"
@@ -98,6 +102,8 @@ class Watched:
             else:
                 self._tensors.append(value)
             return
+        if isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in _LIBRARIES:
+            self.obstacle = self.obstacle or f"{value.__qualname__} is a function of no library that is known"
         if depth > _DEEPEST or id(value) in self._met or isinstance(value, _OPAQUE):
             return
         if isinstance(value, nn.Module):
@@ -108,6 +114,10 @@ class Watched:
             for item in value.values() if isinstance(value, dict) else value:
                 self._walk(item, depth + 1)
         elif hasattr(value, "__dict__") and not isinstance(value, torch.Generator):
+            if isinstance(value, partial):
+                self._walk([value.func, value.args, value.keywords], depth)
+            elif callable(value) and not _is_known(type(value)):
+                self.obstacle = self.obstacle or f"{type(value).__name__} is a class of no library that is known"
             self._met[id(value)] = value
             self._watch(vars(value))
             for item in vars(value).values():
@@ -116,10 +126,17 @@ class Watched:
     def _watch(self, container: Any) -> None:
         if isinstance(container, tuple):
             return
-        if isinstance(container, dict) and any(isinstance(item, Tensor) for item in container.values()):
+        if not container:
+            self._empty.append(container)
+        elif isinstance(container, dict) and any(isinstance(item, Tensor) for item in container.values()):
             self._orders.append((container, [*map(id, container.values())]))
         else:
             self._copies.append((container, container.copy()))
+
+
+def _is_known(cls: type) -> bool:
+    """Whether a class, or the one that it was derived from by a parametrization, is of a known library."""
+    return cls.__module__.partition(".")[0] in _LIBRARIES
 
 
 def _has_known_forward(module: nn.Module) -> bool:

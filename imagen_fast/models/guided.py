@@ -96,4 +96,5 @@ class GuidedUNet:
     @property
     def repeat(self) -> Repeat | None:
         """What repeats whole steps on the device, if the U-Net's forward has been given it (`accelerate` does)."""
-        return getattr(self.unet.forward, "repeat", None)
+        forward: Any = self.unet.forward
+        return forward.repeat if getattr(forward, "repeats", False) else None

@@ -90,7 +90,7 @@ def test_replays_are_the_model(build: Callable[[], Any]) -> None:
     assert forward.pool is not None
     assert forward.pool.reasons == []
     assert (forward.pool.recorded, forward.pool.replayed) == (1, 6)
-    assert "recorded at the second call" in report.graphs
+    assert "recorded at its second call" in report.graphs
     for found, wanted in zip(ours, plain, strict=True):
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
 

@@ -396,7 +396,7 @@ def test_options_switch_graphs_off(recorder: OperatorRecorder) -> None:
         assert imagen_fast.accelerate(model, **options).graphs == told
         assert "forward" not in vars(model)
         graphed(model)
-    assert "of the model: each recorded at the second call" in imagen_fast.accelerate(model).graphs
+    assert "of the model: each kind recorded at its second call" in imagen_fast.accelerate(model).graphs
 
 
 # ---- Arguments
