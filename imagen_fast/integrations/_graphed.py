@@ -44,8 +44,8 @@ class Prepared(NamedTuple):
     finish: Callable[[Any], Any] = lambda result: result
 
 
-# Brings the arguments of a call of a model into the form in which it is recorded, padded if that is wanted; a string says
-# why it cannot be.
+# Brings the arguments of a call of a model into the form in which it is recorded, padded if that is wanted; a string
+# says why it cannot be.
 Prepare = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool], "Prepared | str"]
 
 

@@ -76,7 +76,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_numbers(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of the CPU are alike, bit by bit: faster than 16-bit floats compare, and NaN equals itself."""
+    """Whether two tensors of the CPU are alike, bit by bit: faster than floats of 16 bits, and NaN equals itself."""
     return (
         first.shape == second.shape
         and first.dtype == second.dtype

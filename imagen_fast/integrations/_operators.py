@@ -1,10 +1,10 @@
 """What a call does on the CPU as a list of operators, which is run again without the Python around them.
 
-A model's Python takes milliseconds a call: as long as the arithmetic, where pictures are small. A dispatch mode sees all
-operators of one call; those that depend on the call's inputs become a function of these inputs, with one line for each
-operator. Whatever depends on nothing but tensors that were there before (weights, packed copies of them) keeps the value
-that it had. What a list of operators cannot hold is refused: a look at numbers that depend on the inputs, and a write to
-a tensor that was there before.
+A model's Python takes milliseconds a call: as long as the arithmetic, where pictures are small. A dispatch mode sees
+all operators of one call; those that depend on the call's inputs become a function of these inputs, with one line for
+each operator. Whatever depends on nothing but tensors that were there before (weights, packed copies of them) keeps the
+value that it had. What a list of operators cannot hold is refused: a look at numbers that depend on the inputs, and a
+write to a tensor that was there before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -71,7 +70,7 @@ class Record(TorchDispatchMode):
         written = _written(func, args, kwargs)
         if any(not self._depends(tensor) for tensor in written):
             raise NotRecorded(f"it writes to a tensor that was there before ({func})")
-        replaced = tree_map(self._replaced, (args, kwargs))
+        given, named = tree_map(self._replaced, (args, kwargs))
         out = func(*args, **kwargs)
         results = [out] if isinstance(out, Tensor) else [*out] if isinstance(out, list | tuple) else []
         tensors = [result for result in results if isinstance(result, Tensor)]
@@ -82,7 +81,7 @@ class Record(TorchDispatchMode):
         if not depends and _has_tensors((args, kwargs)):
             return out  # it will be the same next time
         numbers = [self._number_of(result) if isinstance(result, Tensor) else None for result in results]
-        self._calls.append(_Call(func, *replaced, numbers, isinstance(out, Tensor)))
+        self._calls.append(_Call(func, given, named, numbers, isinstance(out, Tensor)))
         return out
 
     def program(self, result: Any) -> Program:

@@ -25,6 +25,7 @@ from ..models.t5.layers import (
 )
 from ..reference.attention import RelativePositionBias
 from ._fused import Fused, attention, is_head_width, is_plain, why_called
+from ._once import once_of_graph
 from ._packed import adds_at_once, linear, linears
 
 _WEIGHT = ("weight",)
@@ -107,7 +108,8 @@ def _table(bias: Tensor | RelativePositionBias) -> tuple[Tensor]:
 def _with_means(mixed: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     """A sentence without a token to attend to attends to all of them alike; the op gives it zeros."""
     empty = ~key_mask.any(1)
-    if not torch.compiler.is_compiling() and empty.device.type == "cpu" and not empty.any():
+    recorded = torch.compiler.is_compiling() or once_of_graph() is not None  # for any mask
+    if not recorded and empty.device.type == "cpu" and not empty.any():
         return mixed
     return torch.where(empty[:, None, None, None], v.mean(2, keepdim=True), mixed)
 

@@ -60,7 +60,7 @@ class _Replay:
                     self._once.renew()
         with torch.inference_mode():  # operators cost less
             result = self._program(given)
-        return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
+        return _copied(result)
 
 
 class ReplayPool:
@@ -174,7 +174,7 @@ class ReplayPool:
         self._unused += 1
         if self._unused == 2 * self.limit:
             self.note(f"{self._unused} calls were recorded, and none was repeated", logging.WARNING)
-        return result
+        return _copied(result)
 
     def _recorded(self, function: Callable[..., Any], call: Call, random: Tensor) -> tuple[Any, _Replay]:
         with outside_inference():
@@ -193,9 +193,7 @@ class ReplayPool:
                 raise NotRecorded(f"its result holds a {type(leaf).__name__}")
         return result, _Replay(inputs, once, record.program(result))
 
-    def _check(
-        self, kind: Hashable, replay: _Replay, function: Callable[..., Any], call: Call, around: Around
-    ) -> Any:
+    def _check(self, kind: Hashable, replay: _Replay, function: Callable[..., Any], call: Call, around: Around) -> Any:
         result = function(*call.args, **call.kwargs)
         try:
             replay.is_checked = _is_same(replay.run(call, around), result)
@@ -209,6 +207,11 @@ class ReplayPool:
                 self._replays.pop(kind, None)
                 self._met[kind] = False
         return result
+
+
+def _copied(result: Any) -> Any:
+    """With tensors that nobody else has, made in the mode of the caller."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
 
 
 def _dense(tensor: Tensor) -> Tensor:

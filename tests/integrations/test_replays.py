@@ -1,0 +1,502 @@
+"""Calls on the CPU that are repeated as lists of operators: when they are recorded, what a list holds, and that nothing
+stale is repeated."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import imagen_fast
+from imagen_fast.integrations._graphed import GraphedForward
+from imagen_fast.integrations._once import Once
+from imagen_fast.integrations._operators import NotRecorded, Program, recording
+from imagen_fast.integrations._replays import ReplayPool
+from imagen_fast.models import EfficientUNet, EfficientUNetConfig, T5Encoder, UNet
+from imagen_fast.models.t5 import T5Config
+
+from .test_graphs import CHANGES, build, inputs
+from .unet_configs import IF
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Programs
+
+
+def record(function: Callable[..., Any], *given: Tensor) -> Program:
+    with torch.no_grad(), recording([*given], Once({})) as seen:
+        result = function(*given)
+    return seen.program(result)
+
+
+WEIGHT = normal(5, 5, seed=9)
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "arithmetic": lambda x: (x * 2 + 1).relu() @ WEIGHT,
+    "views": lambda x: x.t()[1:].unsqueeze(0).expand(2, -1, -1),
+    "several results": lambda x: [part.sum(1) for part in x.chunk(2)],
+    "structure": lambda x: {"y": x.max(dim=1), "same": x, "n": 3, "none": None},
+    "written in place": lambda x: torch.zeros(4, 5).add_(x).mul_(2),
+    "list of tensors": lambda x: torch.cat([x, WEIGHT[:4], x], dim=1),
+    "constants": lambda x: x + (WEIGHT[:4] * 2).exp() + torch.arange(5),
+    "keyword": lambda x: torch.full_like(x, 2.0, dtype=torch.float64) * x.to(torch.float64),
+    "infinity": lambda x: x.masked_fill(x > 0, float("-inf")),
+    "own operator": lambda x: imagen_fast.ops.rms_norm(x, WEIGHT[0]),
+    "constant result": lambda x: (WEIGHT, WEIGHT * 2),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_program_is_the_function(name: str) -> None:
+    function = FUNCTIONS[name]
+    program = record(function, normal(4, 5))
+    for seed in range(3):
+        x = normal(4, 5, seed=seed)
+        torch.testing.assert_close(program([x]), function(x), rtol=0, atol=0)
+
+
+def test_what_does_not_depend_on_inputs_is_computed_once() -> None:
+    program = record(lambda x: x + (WEIGHT * 2).exp().sum(), normal(4, 5))
+    assert program.operators == 1
+
+
+def test_what_nobody_reads_is_left_out() -> None:
+    def function(x: Tensor) -> Tensor:
+        x.exp().sum()
+        return x * 2
+
+    assert record(function, normal(4, 5)).operators == 1
+
+
+def test_tensors_are_let_go_as_soon_as_in_the_function() -> None:
+    class Alive(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[weakref.ref[Tensor]] = []
+            self.most = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.most = max(self.most, 1 + sum(made() is not None for made in self.made))
+            self.made.append(weakref.ref(out))
+            return out
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(20):
+            x = x + 1
+        return x
+
+    program, x = record(function, normal(4)), normal(4)
+    with Alive() as mode:
+        program([x])
+    assert len(mode.made) == 20
+    assert mode.most == 2
+
+
+BUFFER = torch.zeros(4, 5)
+
+REFUSED: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x * x.sum().item(),
+    "branch": lambda x: x if x.sum() > 0 else -x,
+    "equal": lambda x: x * torch.equal(x, WEIGHT[:4]),
+    "write": lambda x: BUFFER.copy_(x),
+    "write through a view": lambda x: BUFFER[1:].copy_(x[1:]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_program_cannot_hold(name: str) -> None:
+    with pytest.raises(NotRecorded, match="numbers" if "write" not in name else "writes"):
+        record(REFUSED[name], normal(4, 5))
+    assert not BUFFER.any()
+
+
+# ---- The pool
+
+
+@pytest.fixture
+def pool() -> ReplayPool:
+    return ReplayPool("f", limit=2)
+
+
+def call(pool: ReplayPool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return pool.run(function, args, kwargs)
+
+
+class Counted:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+def test_a_kind_is_recorded_then_checked_then_repeated(pool: ReplayPool) -> None:
+    function = Counted(lambda x, factor=2.0: {"y": x * factor})
+    results = [(call(pool, function, normal(3, 5, seed=seed)), seed) for seed in range(6)]
+    assert (function.calls, pool.recorded, pool.replayed) == (3, 1, 3)
+    for result, seed in results:  # none is written to by a later call
+        assert torch.equal(result["y"], normal(3, 5, seed=seed) * 2)
+
+
+@pytest.mark.parametrize("how", ["dense", "expanded", "strided", "inference"])
+def test_inputs_of_any_strides(pool: ReplayPool, how: str) -> None:
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return (x.reshape(-1) * 2 + t.reshape(2, -1).sum()).view(3, -1)
+
+    for seed in range(5):
+        with torch.inference_mode(how == "inference"):
+            x, t = normal(3, 8, seed=seed), normal(1, seed=seed)
+            x = normal(3, 16, seed=seed)[:, ::2] if how == "strided" else x
+            t = t.expand(6) if how == "expanded" else t.repeat(6)
+            torch.testing.assert_close(call(pool, function, x, t), function(x, t), rtol=0, atol=0)
+    assert pool.replayed == 2
+
+
+def test_results_do_not_share_memory_with_inputs_or_each_other(pool: ReplayPool) -> None:
+    x = normal(4)
+    results = [call(pool, lambda x: (x, WEIGHT), x) for _ in range(5)]
+    for first, second in results[3:]:
+        assert first.data_ptr() != x.data_ptr()
+        assert second.data_ptr() != WEIGHT.data_ptr()
+
+
+def test_the_least_recently_used_record_goes(pool: ReplayPool) -> None:
+    for size in (1, 2, 1, 3, 1):
+        for _ in range(4):
+            call(pool, torch.exp, torch.ones(size))
+    assert (len(pool), pool.recorded) == (2, 3)
+
+
+def test_records_that_are_never_used_are_given_up(pool: ReplayPool, caplog: pytest.LogCaptureFixture) -> None:
+    for size in range(1, 9):
+        for _ in range(2):
+            assert torch.equal(call(pool, torch.neg, torch.ones(size)), -torch.ones(size))
+    assert pool.recorded == 4
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "none was repeated" in caplog.text
+
+
+def _random(x: Tensor) -> Tensor:
+    return x + torch.randn_like(x)
+
+
+def _writing(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+def _object(x: Tensor) -> Any:
+    return threading.Event()
+
+
+NOT_RECORDED = [(_random, "draws random numbers"), (_writing, "writes to its arguments"), (_object, "holds a Event")]
+
+
+@pytest.mark.parametrize(("function", "reason"), NOT_RECORDED, ids=[reason for _, reason in NOT_RECORDED])
+def test_what_cannot_be_recorded_runs_as_it_is(
+    pool: ReplayPool, function: Callable[..., Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(4):
+        given, same = torch.ones(3), torch.ones(3)
+        torch.manual_seed(0)
+        found = call(pool, function, given)
+        torch.manual_seed(0)
+        wanted = function(same)
+        if isinstance(wanted, Tensor):
+            assert torch.equal(found, wanted)
+        assert torch.equal(given, same)
+    assert (pool.recorded, len(caplog.records)) == (0, 1)
+    assert reason in pool.reasons[0]
+
+
+def test_a_look_at_numbers_that_no_operator_tells_is_found_out(
+    pool: ReplayPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * float(x.numpy()[0])  # no operator
+
+    for seed in range(5):
+        x = normal(3, seed=seed)
+        assert torch.equal(call(pool, function, x), function(x))
+    assert (pool.replayed, len(pool)) == (0, 0)
+    assert "other numbers" in caplog.text
+
+
+def test_errors_are_the_functions_own(pool: ReplayPool) -> None:
+    def function(x: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    for _ in range(3):
+        with pytest.raises(KeyError, match="mine"):
+            call(pool, function, torch.ones(3))
+
+
+def test_threads_do_not_wait_for_each_other(pool: ReplayPool) -> None:
+    for seed in range(3):
+        call(pool, torch.exp, normal(3, seed=seed))
+    (replay,) = pool._replays.values()
+    with replay.lock:  # as if another thread were in it
+        assert torch.equal(call(pool, torch.exp, torch.ones(3)), torch.ones(3).exp())
+    assert pool.replayed == 0
+    results: dict[int, Tensor] = {}
+
+    def run(seed: int) -> None:
+        results[seed] = call(pool, torch.exp, normal(3, seed=seed))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[seed], normal(3, seed=seed).exp()) for seed in range(8))
+
+
+# ---- Models
+
+
+def replays_of(model: Any) -> ReplayPool:
+    forward = vars(model)["forward"]
+    assert isinstance(forward, GraphedForward)
+    return forward.replays
+
+
+def run(model: nn.Module, seed: int) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(seed))
+
+
+def called(model: nn.Module, seed: int) -> Tensor:
+    """What the accelerated model computes without a record."""
+    with torch.no_grad():
+        return type(model).forward(model, **inputs(seed))
+
+
+OPTIONS = [{}, {"dtype": torch.bfloat16, "memory_format": torch.channels_last}, {"memory_format": torch.channels_last}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["own", "bf16-nhwc", "nhwc"])
+def test_a_unet(options: dict[str, Any]) -> None:
+    model, plain = build(), build()
+    imagen_fast.accelerate(model, **options)
+    imagen_fast.accelerate(plain, graphs="off", **options)
+    for seed in range(5):
+        assert torch.equal(run(model, seed), run(plain, seed))
+    assert (replays_of(model).recorded, replays_of(model).replayed) == (1, 2)
+    with torch.inference_mode():
+        for seed in range(5, 9):
+            found = model(**inputs(seed))
+            assert torch.equal(found, plain(**inputs(seed)))
+            assert found.is_inference()
+    assert (replays_of(model).recorded, replays_of(model).replayed) == (2, 3)
+    assert replays_of(model).reasons == []
+
+
+def test_an_efficient_unet() -> None:
+    torch.manual_seed(0)
+    config = EfficientUNetConfig(
+        channels=16, multipliers=(1, 2), blocks=(1, 1), self_attention_levels=(1,), cross_attention_levels=(1,),
+        heads=2, text_dim=12, groups=8,
+    )  # fmt: skip
+    built = EfficientUNet(config).eval()
+    model, plain = copy.deepcopy(built), copy.deepcopy(built)
+    imagen_fast.accelerate(model)
+    imagen_fast.accelerate(plain, graphs="off")
+    for seed in range(5):
+        given = {**inputs(seed), "x": normal(2, 6, 16, 16, seed=seed), "augmentation": torch.tensor([seed, 10])}
+        with torch.no_grad():
+            assert torch.equal(model(**given), plain(**given))
+    assert replays_of(model).replayed == 2
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=["own", "bf16-nhwc"])
+def test_a_unet_of_diffusers_and_its_prompts(options: dict[str, Any]) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
+    torch.manual_seed(0)
+    built = diffusers.UNet2DConditionModel(**IF).eval()
+    model, plain = copy.deepcopy(built), copy.deepcopy(built)
+    imagen_fast.accelerate(model, **options)
+    imagen_fast.accelerate(plain, graphs="off", **options)
+    texts = [normal(2, 5, 24, seed=100), normal(2, 5, 24, seed=101)]
+    for step in range(12):
+        text = texts[step % 2 if step > 8 else step // 5]  # the same for a while, then by turns
+        if step == 7:
+            for each in texts:
+                each.numpy()[0, 0] += 1  # behind PyTorch's back
+        given = {"sample": normal(2, 3, 8, 8, seed=step), "timestep": 7 * step, "encoder_hidden_states": text}
+        with torch.no_grad():
+            found, wanted = model(**given), plain(**given)
+        assert type(found) is type(wanted)
+        assert torch.equal(found.sample, wanted.sample)
+    assert (replays_of(model).recorded, replays_of(model).replayed) == (1, 9)
+    assert replays_of(model).reasons == []
+
+
+def test_text_encoders() -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    model = T5Encoder(config).eval()
+    transformers = pytest.importorskip("transformers")
+    host_config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    for encoder in (model, transformers.T5EncoderModel(host_config).eval()):
+        # Both are copies: where weights lie may change the last digit of a product.
+        ours, plain = copy.deepcopy(encoder), copy.deepcopy(encoder)
+        imagen_fast.accelerate(ours)
+        imagen_fast.accelerate(plain, graphs="off")
+        for seed in range(6):
+            ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(seed))
+            mask = (torch.arange(9) < torch.tensor([[9], [3 + seed]])).long()
+            with torch.no_grad():
+                found, wanted = (m(input_ids=ids, attention_mask=mask) for m in (ours, plain))
+            found, wanted = (x if isinstance(x, Tensor) else x.last_hidden_state for x in (found, wanted))
+            assert torch.equal(found, wanted)
+        assert replays_of(ours).replayed == 3
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=["own", "bf16-nhwc"])
+def test_nothing_stale_is_repeated(options: dict[str, Any], change: Callable[[Any], None]) -> None:
+    model, plain = build(), build()
+    imagen_fast.accelerate(model, **options)
+    imagen_fast.accelerate(plain, graphs="off", **options)
+    for seed in range(4):
+        run(model, seed)
+    assert replays_of(model).replayed == 1
+    before = run(model, 3)
+    for each in (model, plain):
+        torch.manual_seed(1)
+        change(each)
+    for seed in (3, 4, 5, 6, 7):
+        assert torch.equal(run(model, seed), run(plain, seed))
+    assert not torch.equal(run(model, 3), before)
+    assert replays_of(model).replayed > 2
+
+
+def test_a_hidden_write_to_all_numbers_is_seen() -> None:
+    model, plain = build(), build()
+    imagen_fast.accelerate(model)
+    imagen_fast.accelerate(plain, graphs="off")
+    for seed in range(4):
+        run(model, seed)
+    for each in (model, plain):
+        each.conv_in.weight.data.mul_(1.5)
+        each.norm_out.bias.data.add_(1)
+    for seed in range(4):
+        assert torch.equal(run(model, seed), run(plain, seed))
+
+
+def test_after_a_call_with_gradients_everything_is_recorded_anew() -> None:
+    model = build()
+    imagen_fast.accelerate(model)
+    for seed in range(4):
+        run(model, seed)
+    assert len(replays_of(model)) == 1
+    model(**inputs(0)).sum().backward()
+    assert len(replays_of(model)) == 0
+    with torch.no_grad():
+        model.conv_in.weight.data[0, 0, 0, 1] += 1  # of which nothing is compared
+    assert torch.equal(run(model, 1), called(model, 1))
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "global", "gradients", "eager", "autocast", "mode", "own class"])
+def test_when_python_has_to_run(how: str) -> None:
+    model = build()
+    imagen_fast.accelerate(model)
+    seen: list[int] = []
+    for seed in range(3):
+        run(model, seed)
+    inner: Any = model.middle1.resnet
+    if how == "hook":
+        inner.register_forward_hook(lambda *args: seen.append(1))
+    elif how == "forward":
+        forward = inner.forward
+        inner.forward = lambda *args: seen.append(1) or forward(*args)
+    elif how == "own class":
+
+        class Silu(nn.SiLU):
+            def forward(self, input: Tensor) -> Tensor:
+                seen.append(1)
+                return F.silu(input)
+
+        model.time[2] = Silu()
+    contexts: dict[str, Callable[[], Any]] = {
+        "eager": lambda: imagen_fast.use_backend("eager"),
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "mode": lambda: _Looking(seen),
+        "gradients": torch.enable_grad,
+    }
+    handle = nn.modules.module.register_module_forward_hook(lambda *a: seen.append(1)) if how == "global" else None
+    try:
+        with torch.no_grad(), contexts.get(how, torch.no_grad)():
+            for seed in range(4):
+                model(**inputs(seed))
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert replays_of(model).replayed == 0
+    assert len(seen) >= 4 if how not in contexts or how == "mode" else not seen
+
+
+class _Looking(TorchDispatchMode):
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(1)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_model_that_changes_at_every_call_is_not_watched_for_ever() -> None:
+    model = build()
+    imagen_fast.accelerate(model)
+    for seed in range(20):
+        model.norm_out.eps = 1e-5 * (seed + 1)
+        assert torch.equal(run(model, seed), called(model, seed))
+    assert any("from call to call" in reason for reason in replays_of(model).reasons)
+    imagen_fast.invalidate(model)
+    for seed in range(4):
+        run(model, seed)
+    assert replays_of(model).replayed == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_make_records_of_their_own(copied: Callable[[UNet], UNet]) -> None:
+    model = build()
+    imagen_fast.accelerate(model)
+    for seed in range(4):
+        run(model, seed)
+    other = copied(model)
+    with torch.no_grad():
+        other.conv_in.weight.mul_(2)
+    assert len(replays_of(other)) == 0
+    for seed in range(4):
+        assert not torch.equal(run(other, seed), run(model, seed))
+        assert torch.equal(run(other, seed), called(other, seed))
+
+
+def test_a_cascade_draws_the_same_pictures_as_without() -> None:
+    model, plain = (imagen_fast.models.Imagen.from_pretrained("emoji") for _ in range(2))
+    imagen_fast.accelerate(model)
+    imagen_fast.accelerate(plain, graphs="off")
+    for prompt in ("a cat", "一只猫"):
+        found, wanted = (m.sample([prompt], steps=5, progress=False)[0] for m in (model, plain))
+        assert found.tobytes() == wanted.tobytes()
+    assert replays_of(model.unets["base"]).replayed > 3
