@@ -98,13 +98,16 @@ def accelerate(
             The float64 copy is of one module at a time.
         strict: raise, and change nothing, where a module cannot be swapped or cannot use its ops everywhere, or where
             there is nothing to swap.
-        graphs: "auto" records calls of U-Nets and text encoders as CUDA graphs, with `inference` and on CUDA devices:
-            one for each kind of call (shapes, options), at the second call of the kind. Texts are padded to a multiple
-            of 32 or 64 tokens. The sampling loops of this package's own cascade record whole steps: both halves of the
-            guidance and the solver's step are one graph, which is replayed for every step of the loop without the host.
-            Not with gradients, under autocast, in calls that draw random numbers, nor while a module in the model has
-            hooks; the reason is logged, and stands in the next report. "off" makes none. Not yet measured on a GPU.
-        graph_limit: the most graphs of one model, which share their memory.
+        graphs: "auto" records calls of U-Nets and text encoders, with `inference`, and repeats them without their
+            Python: one record for each kind of call (shapes, options), made at the second call of the kind. On the CPU
+            it is a list of operators, which is compared with the model at the third call. On CUDA devices it is a CUDA
+            graph (not of imagen-pytorch's U-Nets, nor of calls that draw random numbers); texts are padded to a
+            multiple of 32 or 64 tokens, and the sampling loops of this package's own cascade record whole steps: both
+            halves of the guidance and the solver's step are one graph, which is replayed for every step of the loop
+            without the host (not yet measured on a GPU). Not with gradients, under autocast, nor while a module in the
+            model has hooks or is of a class of no library that is known; the reason is logged, and stands in the next
+            report. "off" records nothing.
+        graph_limit: the most records of one model; CUDA graphs share their memory.
         graph_steps: the most steps of a sampling loop that one graph holds; as many as the loop has make it one graph.
             Such graphs take longer to record and hold every launch of every step. While a progress bar or a callback
             watches each step, graphs hold one.

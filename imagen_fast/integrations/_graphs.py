@@ -44,6 +44,10 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.mem
 # ---- Calls
 
 
+class Constant:
+    """Base of arguments without a state, of which all of one class are alike."""
+
+
 @dataclass
 class Call:
     """Arguments, taken apart: what tells a kind of call, and the tensors.
@@ -68,6 +72,8 @@ class Call:
             return value.shape, value.stride(), value.dtype, value.device, can_be_seen(value)
         if isinstance(value, PLAIN):
             return type(value), value
+        if isinstance(value, Constant):
+            return type(value)
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return "dict", *((key, self._kind(item)) for key, item in value.items())
         if isinstance(value, list | tuple) and type(value) in (list, tuple):

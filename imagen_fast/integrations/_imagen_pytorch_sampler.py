@@ -18,6 +18,7 @@ from .. import ops
 from ..diffusion import DynamicThreshold, Guidance, StepTable
 from ..diffusion.coefficients import empty_row, x0_coefficients
 from ._fused import FusedMethod, is_plain
+from ._graphs import Constant
 
 _SMALLEST_VARIANCE = 1e-20  # the library clamps here before taking the logarithm
 _SMALLEST_ALPHA = 1e-8  # and here before dividing by it
@@ -27,7 +28,7 @@ _PREDICTIONS = {"noise": "epsilon", "v": "v", "x_start": "x0"}
 # ---- Guidance
 
 
-class _OneHalfDropped:
+class _OneHalfDropped(Constant):
     """Takes the place of `cond_drop_prob` in a batch whose second half is to be without its text.
 
     The library asks `1 - cond_drop_prob` whether it is 1 or 0, and otherwise compares uniform numbers with it.

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -78,7 +79,7 @@ class Record(TorchDispatchMode):
             if depends:
                 raise NotRecorded(f"it looks at numbers ({func})")
             return out
-        if not depends and _has_tensors((args, kwargs)):
+        if not depends and _has_tensors((args, kwargs)) and not _is_random(func):
             return out  # it will be the same next time
         numbers = [self._number_of(result) if isinstance(result, Tensor) else None for result in results]
         self._calls.append(_Call(func, given, named, numbers, isinstance(out, Tensor)))
@@ -155,6 +156,10 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     return written
 
 
+def _is_random(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
 def _has_tensors(value: Any) -> bool:
     if isinstance(value, dict):
         value = [*value.values()]
@@ -172,11 +177,12 @@ def _numbers_in(value: Any) -> Iterator[int]:
 
 
 def _without_unused(calls: list[_Call], leaves: list[Any]) -> list[_Call]:
-    """Without those that write nowhere and whose results nobody reads."""
+    """Without those whose results nobody reads, unless they write somewhere or move the random generator."""
     used = {*_numbers_in(leaves)}
     kept = []
     for call in reversed(calls):
-        if call.operator._schema.is_mutable or not used.isdisjoint(call.results):
+        acts = call.operator._schema.is_mutable or _is_random(call.operator)
+        if acts or not used.isdisjoint(call.results):
             kept.append(call)
             used.update(_numbers_in((call.args, call.kwargs)))
     return kept[::-1]

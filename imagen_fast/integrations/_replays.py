@@ -2,7 +2,8 @@
 
 A kind of call (see `_graphs.Call`) is recorded when it is met for the second time, as a list of operators
 (`_operators`). At the third time it is called and repeated, and from then on repeated if both gave the same numbers. So
-a function that looks at numbers where no operator tells is found out, as long as these numbers matter.
+a function that looks at numbers where no operator tells is found out, as long as these numbers matter. Random numbers are
+drawn anew by every repetition, as by the call.
 
 What the function reads besides its inputs is the caller's to watch: see `_watched`.
 """
@@ -159,7 +160,7 @@ class ReplayPool:
         """The result of the call, which is recorded if it can be."""
         random = torch.get_rng_state()
         try:
-            result, replay = self._recorded(function, call, random)
+            result, replay = self._recorded(function, call)
         except Exception as error:  # whatever it is, the call itself may work, or raises it again
             torch.set_rng_state(random)
             reason = str(error) if isinstance(error, NotRecorded) else f"{type(error).__name__}: {error}"
@@ -176,7 +177,7 @@ class ReplayPool:
             self.note(f"{self._unused} calls were recorded, and none was repeated", logging.WARNING)
         return _copied(result)
 
-    def _recorded(self, function: Callable[..., Any], call: Call, random: Tensor) -> tuple[Any, _Replay]:
+    def _recorded(self, function: Callable[..., Any], call: Call) -> tuple[Any, _Replay]:
         with outside_inference():
             inputs = [_dense(tensor).clone() for tensor in call.tensors]
         args, kwargs = call.on(inputs)
@@ -184,8 +185,6 @@ class ReplayPool:
         versions = [tensor._version for tensor in inputs]
         with active(once), recording(inputs, once) as record:
             result = function(*args, **kwargs)
-        if not torch.equal(torch.get_rng_state(), random):
-            raise NotRecorded("it draws random numbers")
         if [tensor._version for tensor in inputs] != versions:
             raise NotRecorded("it writes to its arguments")
         for leaf in tree_leaves(result):
@@ -194,14 +193,20 @@ class ReplayPool:
         return result, _Replay(inputs, once, record.program(result))
 
     def _check(self, kind: Hashable, replay: _Replay, function: Callable[..., Any], call: Call, around: Around) -> Any:
+        random = torch.get_rng_state()
         result = function(*call.args, **call.kwargs)
+        after = torch.get_rng_state()
+        torch.set_rng_state(random)
         try:
-            replay.is_checked = _is_same(replay.run(call, around), result)
+            found = replay.run(call, around)
+            replay.is_checked = _is_same(found, result) and torch.equal(torch.get_rng_state(), after)
         except Exception as error:
             self.note(f"{type(error).__name__}: {error}", logging.WARNING)
         else:
             if not replay.is_checked:
                 self.note("when repeated, its operators gave other numbers than the call", logging.WARNING)
+        finally:
+            torch.set_rng_state(after)
         if not replay.is_checked:
             with self.lock:
                 self._replays.pop(kind, None)

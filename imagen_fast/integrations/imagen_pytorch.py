@@ -12,6 +12,7 @@ from imagen_pytorch.imagen_pytorch import Imagen, Unet
 from torch import Tensor, nn
 
 from . import Integration
+from ._graphed import Prepare, Prepared
 from ._imagen_pytorch_blocks import BLOCKS
 from ._imagen_pytorch_sampler import FusedGuidance, FusedSample, FusedThreshold
 from ._packed import PackedConv2d, PackedLinear
@@ -60,9 +61,18 @@ def _synthetic_inputs(unet: Unet) -> dict[str, Any]:
     return inputs
 
 
+def _graphed(part: nn.Module) -> Prepare | None:
+    return _as_called if isinstance(part, Unet) else None
+
+
+def _as_called(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool) -> Prepared | str:
+    return "imagen-pytorch's U-Nets are recorded on the CPU alone" if pads else Prepared(args, kwargs)
+
+
 INTEGRATION = Integration(
     serves=(Imagen, ElucidatedImagen, Unet),
     fused=(*BLOCKS, FusedGuidance, FusedSample, FusedThreshold, PackedLinear, PackedConv2d),
     parts=_parts,
     runs=_runs,
+    graphed=_graphed,
 )

@@ -326,3 +326,22 @@ def test_a_subclass_with_guidance_of_its_own_keeps_it() -> None:
     report = imagen_fast.accelerate(model)
     assert [entry.name for entry in report.left] == [""]
     assert model.forward_with_cond_scale() == "own"
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_calls_of_a_kind_are_repeated_without_their_python(scale: float) -> None:
+    built = with_random_weights(unet())
+    ours, plain = copy.deepcopy(built), copy.deepcopy(built)
+    imagen_fast.accelerate(ours)
+    imagen_fast.accelerate(plain, graphs="off")
+    inputs = unet_inputs()
+    time = inputs.pop("time")
+    with torch.no_grad():
+        for seed in range(6):
+            inputs["x"] = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(seed))
+            torch.manual_seed(seed)
+            found = ours.forward_with_cond_scale(time=time, **inputs, cond_scale=scale)
+            torch.manual_seed(seed)
+            assert torch.equal(found, plain.forward_with_cond_scale(time=time, **inputs, cond_scale=scale))
+    replays = vars(ours)["forward"].replays
+    assert (replays.recorded, replays.replayed, replays.reasons) == (1, 3, [])
