@@ -1,9 +1,9 @@
 """On the CPU, what graphs are on devices: calls of a function of tensors that are repeated without its Python.
 
 A kind of call (see `_graphs.Call`) is recorded when it is met for the second time, as a list of operators
-(`_operators`). At the third time it is called and repeated, and from then on repeated if both gave the same numbers. So
-a function that looks at numbers where no operator tells is found out, as long as these numbers matter. Random numbers are
-drawn anew by every repetition, as by the call.
+(`_operators`). At the third time it is called and repeated, and from then on repeated if both gave the same numbers.
+So a function that looks at numbers where no operator tells is found out, as long as these numbers matter. Random
+numbers are drawn anew by every repetition, as by the call.
 
 What the function reads besides its inputs is the caller's to watch: see `_watched`.
 """
