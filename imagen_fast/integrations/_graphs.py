@@ -73,7 +73,7 @@ class Call:
         if isinstance(value, PLAIN):
             return type(value), value
         if isinstance(value, Constant):
-            return type(value)
+            return type(value).__qualname__
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return "dict", *((key, self._kind(item)) for key, item in value.items())
         if isinstance(value, list | tuple) and type(value) in (list, tuple):
