@@ -89,7 +89,7 @@ def compare(
     """Draw each prompt with both models from `seed`, and measure."""
     models = (eager, accelerated)
     for model in models:
-        model.sample([prompts[0]], seed=seed, steps=2, progress=False)
+        model.sample([prompts[0]], seed=seed, steps=4, progress=False)
     comparisons = []
     for turn, prompt in enumerate(prompts):
         pictures: dict[int, Image] = {}

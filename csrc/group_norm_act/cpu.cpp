@@ -27,9 +27,45 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, int64_t num_groups, 
     torch::stable::fill_(rstd, 0);
     return {y, mean, rstd};
   }
-  Forward f{p, eps, x.const_data_ptr(), y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()};
+  Forward f{
+      p, eps, x.const_data_ptr(), nullptr, 0, y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()};
   IMAGEN_FAST_KERNEL(group_norm_act_forward, f.dtype)(f);
   return {y, mean, rstd};
+}
+
+// The norm of x and skip beside each other in their channels; both lie channels-last.
+Tensor forward_joined(const Tensor& x, const Tensor& skip, int64_t num_groups, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, int64_t activation, double eps) {
+  bool alike = x.dim() == 4 && skip.dim() == 4 && dtype_code(x) == dtype_code(skip);
+  for (int64_t i : {0, 2, 3}) alike = alike && x.size(i) == skip.size(i);
+  STD_TORCH_CHECK(alike, kOp, ": x and skip must be (B, C, H, W), alike but for their channels");
+  const auto lies_channels_last = [](const Tensor& tensor) {
+    return is_channels_last(kOp, tensor) || tensor.size(1) == 1 || tensor.size(2) * tensor.size(3) == 1 ||
+           tensor.numel() == 0;
+  };
+  STD_TORCH_CHECK(lies_channels_last(x) && lies_channels_last(skip), kOp, ": x and skip must be channels-last");
+  Problem p = problem(x, num_groups, weight, bias, {}, {}, activation, skip.size(1));
+  p.channels_last = true;
+  const int64_t height = x.size(2), width = x.size(3);
+  const int64_t sizes[] = {p.batch, p.channels, height, width};
+  const int64_t strides[] = {height * width * p.channels, 1, width * p.channels, p.channels};
+  Tensor y = uninitialized({sizes, 4}, {strides, 4}, dtype_code(x));
+  Tensor mean = uninitialized_matrix(p.batch, p.groups, statistics_dtype(p));
+  Tensor rstd = uninitialized_matrix(p.batch, p.groups, statistics_dtype(p));
+  if (x.numel() == 0 || skip.numel() == 0) {
+    STD_TORCH_CHECK(y.numel() == 0, kOp, ": x and skip must both have channels");
+    return y;
+  }
+  Forward f{p,
+            eps,
+            x.const_data_ptr(),
+            skip.const_data_ptr(),
+            skip.size(1),
+            y.mutable_data_ptr(),
+            mean.mutable_data_ptr(),
+            rstd.mutable_data_ptr()};
+  IMAGEN_FAST_KERNEL(group_norm_act_forward, f.dtype)(f);
+  return y;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -67,5 +103,6 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const 
 
 STABLE_TORCH_LIBRARY_IMPL(imagen_fast, CPU, library) {
   library.impl("group_norm_act_cpu", TORCH_BOX(&imagen_fast::group_norm_act::forward));
+  library.impl("_group_norm_act_joined_cpu", TORCH_BOX(&imagen_fast::group_norm_act::forward_joined));
   library.impl("group_norm_act_backward_cpu", TORCH_BOX(&imagen_fast::group_norm_act::backward));
 }

@@ -1,4 +1,6 @@
 // group_norm_act on the CPU. Compiled once per instruction set.
+#include <cstring>
+
 #include "cpu_statistics.h"
 
 namespace imagen_fast::IMAGEN_FAST_ISA {
@@ -137,17 +139,18 @@ class ChannelsLast {
   void run_whole() const {
     parallel_for(f_.batch, f_.positions * f_.channels, [&](int64_t begin, int64_t end) {
       Buffer<S> scratch(3 * columns_.width);
+      Buffer<T> rows(joined_elements());
       Buffer<Moments> moments(blocks_.per_sample * f_.groups);
       Buffer<Statistics<S>> statistics(f_.groups);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t first = b * blocks_.per_sample;
         for (int64_t i = 0; i < blocks_.per_sample; ++i) {
-          measure(first + i, scratch.data(), moments.data() + i * f_.groups);
+          measure(first + i, rows.data(), scratch.data(), moments.data() + i * f_.groups);
         }
         for (int64_t g = 0; g < f_.groups; ++g) statistics[g] = finish(b * f_.groups + g, moments.data() + g);
         prepare(b, statistics.data(), scratch.data());
         // Backwards: of a sample larger than the cache, the end is what is still in it.
-        for (int64_t i = blocks_.per_sample - 1; i >= 0; --i) apply(first + i, scratch.data());
+        for (int64_t i = blocks_.per_sample - 1; i >= 0; --i) apply(first + i, rows.data(), scratch.data());
       }
     });
   }
@@ -159,7 +162,8 @@ class ChannelsLast {
     Buffer<Moments> moments(blocks * f_.groups);
     parallel_for(blocks, block_elements, [&](int64_t begin, int64_t end) {
       Buffer<S> scratch(3 * columns_.width);
-      for (int64_t i = begin; i < end; ++i) measure(i, scratch.data(), moments.data() + i * f_.groups);
+      Buffer<T> rows(joined_elements());
+      for (int64_t i = begin; i < end; ++i) measure(i, rows.data(), scratch.data(), moments.data() + i * f_.groups);
     });
 
     Buffer<Statistics<S>> statistics(f_.batch * f_.groups);
@@ -173,19 +177,20 @@ class ChannelsLast {
     // Each thread walks its blocks backwards: the last ones it has read are still in its cache.
     parallel_for(blocks, block_elements, [&](int64_t begin, int64_t end) {
       Buffer<S> scratch(3 * columns_.width);
+      Buffer<T> rows(joined_elements());
       int64_t prepared = -1;  // the sample that scratch is for
       for (int64_t i = end - 1; i >= begin; --i) {
         const int64_t b = i / blocks_.per_sample;
         if (b != prepared) prepare(b, statistics.data() + b * f_.groups, scratch.data());
         prepared = b;
-        apply(i, scratch.data());
+        apply(i, rows.data(), scratch.data());
       }
     });
   }
 
-  // Block i, counted through all samples; scratch holds 3 values a column.
-  void measure(int64_t i, S* scratch, Moments* moments) const {
-    block_moments(static_cast<const T*>(f_.x) + offset(i), elements(i), columns_, f_.groups, scratch, moments);
+  // Block i, counted through all samples; scratch holds 3 values a column, and rows `joined_elements`.
+  void measure(int64_t i, T* rows, S* scratch, Moments* moments) const {
+    block_moments(block(i, rows), elements(i), columns_, f_.groups, scratch, moments);
   }
 
   // `moments` are those of the slab's group in its sample's blocks, a block after `groups` others.
@@ -218,14 +223,33 @@ class ChannelsLast {
   }
 
   // Block i, with what `prepare` made of its sample
-  void apply(int64_t i, const S* scratch) const {
-    apply_columns<T, Act>(static_cast<const T*>(f_.x) + offset(i), static_cast<T*>(f_.y) + offset(i), elements(i),
+  void apply(int64_t i, T* rows, const S* scratch) const {
+    apply_columns<T, Act>(block(i, rows), static_cast<T*>(f_.y) + position(i) * f_.channels, elements(i),
                           columns_.width, scratch, scratch + columns_.width, scratch + 2 * columns_.width);
   }
 
-  int64_t offset(int64_t i) const {
-    const int64_t b = i / blocks_.per_sample;
-    return (b * f_.positions + blocks_.begin(i % blocks_.per_sample)) * f_.channels;
+  // Block i of x where it is, or with the channels of skip beside it, in rows.
+  const T* block(int64_t i, T* rows) const {
+    const int64_t own = f_.channels - f_.skip_channels;
+    const T* x = static_cast<const T*>(f_.x) + position(i) * own;
+    if (f_.skip_channels == 0) return x;
+    const T* skip = static_cast<const T*>(f_.skip) + position(i) * f_.skip_channels;
+    T* to = rows;
+    for (int64_t n = blocks_.length(i % blocks_.per_sample); n > 0; --n) {
+      std::memcpy(to, x, static_cast<size_t>(own) * sizeof(T));
+      std::memcpy(to + own, skip, static_cast<size_t>(f_.skip_channels) * sizeof(T));
+      to += f_.channels;
+      x += own;
+      skip += f_.skip_channels;
+    }
+    return rows;
+  }
+
+  // What a block takes of memory if it is joined
+  int64_t joined_elements() const { return f_.skip_channels == 0 ? 0 : blocks_.size * f_.channels; }
+  // The first of block i, counted through all samples
+  int64_t position(int64_t i) const {
+    return i / blocks_.per_sample * f_.positions + blocks_.begin(i % blocks_.per_sample);
   }
   int64_t elements(int64_t i) const { return blocks_.length(i % blocks_.per_sample) * f_.channels; }
 

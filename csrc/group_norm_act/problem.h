@@ -16,6 +16,8 @@ struct Problem : NormProblem {
 struct Forward : Problem {
   double eps;
   const void* x;
+  const void* skip;       // the channels that follow those of x, as it lies in memory; or null
+  int64_t skip_channels;  // of `channels`; 0 if null
   void* y;
   void* mean;  // (batch, groups)
   void* rstd;  // (batch, groups)

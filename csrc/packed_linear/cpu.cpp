@@ -37,7 +37,7 @@ Tensor pack(const Tensor& weight) {
 }
 
 Tensor forward(const Tensor& x, const Tensor& packed, int64_t columns, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& add) {
+               const std::optional<Tensor>& add, const std::optional<Tensor>& more) {
   check_bfloat16(x);
   check_bfloat16(packed);
   Forward f{};
@@ -45,9 +45,17 @@ Tensor forward(const Tensor& x, const Tensor& packed, int64_t columns, const std
   f.outer = x.size(0);
   f.inner = x.size(1);
   f.terms = x.size(2);
+  if (more) {
+    check_bfloat16(*more);
+    f.more_terms = more->dim() == 3 ? more->size(2) : 0;
+    STD_TORCH_CHECK(f.terms % 2 == 0 && f.more_terms > 0 && f.more_terms % 2 == 0,
+                    "packed_linear: x and more must have an even last size");
+    f.more = rows_like(kName, "more", *more, x, f.more_terms);
+  }
+  const int64_t terms = f.terms + f.more_terms;
   f.columns = columns;
   STD_TORCH_CHECK(packed.dim() == 2 && columns > 0 && packed.size(0) == panels(columns) &&
-                      packed.size(1) == kPanel * f.terms && packed.stride(1) == 1 && packed.stride(0) == packed.size(1),
+                      packed.size(1) == kPanel * terms && packed.stride(1) == 1 && packed.stride(0) == packed.size(1),
                   "packed_linear: packed does not fit x and the number of columns");
   f.packed = static_cast<const BFloat16*>(packed.const_data_ptr());
   if (bias) {

@@ -19,6 +19,14 @@ constexpr int kVectors = 4;
 constexpr int kWidth = kPanel / kVectors;  // of a vector of floats, whatever the instruction set has
 constexpr int64_t kCacheLine = 64;         // bytes
 
+// Rows of x, and those that continue them
+struct Rows {
+  const BFloat16* x[kTileRows];
+  const BFloat16* more[kTileRows];
+  int64_t pairs;  // of terms
+  int64_t more_pairs;
+};
+
 // What a panel's results meet on their way out: 64 columns of each, of which the first `count` are there.
 struct Ends {
   const BFloat16* bias;
@@ -42,7 +50,7 @@ inline __mmask16 lanes(int64_t count) {
 inline __m512 load(const BFloat16* from, __mmask16 mask) { return bf16_to_float(_mm256_maskz_loadu_epi16(mask, from)); }
 
 template <int kRows>
-void multiply_tile(const BFloat16* const* x, const BFloat16* panel, int64_t pairs, Ahead ahead, const Ends& ends) {
+void multiply_tile(const Rows& rows, const BFloat16* panel, Ahead ahead, const Ends& ends) {
   constexpr int64_t kStepsPerLine = 8;
   __m512 sum[kRows][kVectors];
 #pragma GCC unroll 6
@@ -50,25 +58,29 @@ void multiply_tile(const BFloat16* const* x, const BFloat16* panel, int64_t pair
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_setzero_ps();
   }
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    __m512bh right[kVectors];
+  const auto add_products = [&](const BFloat16* const* x, int64_t pairs) {
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      __m512bh right[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) right[j] = (__m512bh)_mm512_loadu_si512(panel + 2 * kWidth * j);
-    panel += 2 * kPanel;
+      for (int j = 0; j < kVectors; ++j) right[j] = (__m512bh)_mm512_loadu_si512(panel + 2 * kWidth * j);
+      panel += 2 * kPanel;
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      int32_t terms;
-      std::memcpy(&terms, x[i] + 2 * pair, sizeof(terms));
-      const auto left = (__m512bh)_mm512_set1_epi32(terms);
+      for (int i = 0; i < kRows; ++i) {
+        int32_t terms;
+        std::memcpy(&terms, x[i] + 2 * pair, sizeof(terms));
+        const auto left = (__m512bh)_mm512_set1_epi32(terms);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+      }
+      if (pair % kStepsPerLine == 0 && ahead.bytes > 0) {
+        _mm_prefetch(ahead.from, _MM_HINT_T1);
+        ahead.from += kCacheLine;
+        ahead.bytes -= kCacheLine;
+      }
     }
-    if (pair % kStepsPerLine == 0 && ahead.bytes > 0) {
-      _mm_prefetch(ahead.from, _MM_HINT_T1);
-      ahead.from += kCacheLine;
-      ahead.bytes -= kCacheLine;
-    }
-  }
+  };
+  add_products(rows.x, rows.pairs);
+  if (rows.more_pairs > 0) add_products(rows.more, rows.more_pairs);
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     const __mmask16 mask = lanes(ends.count - j * kWidth);
@@ -86,11 +98,12 @@ void multiply_tile(const BFloat16* const* x, const BFloat16* panel, int64_t pair
 
 // Without the instruction there is no gain, but the same weight gives the same result.
 template <int kRows>
-void multiply_tile(const BFloat16* const* x, const BFloat16* panel, int64_t pairs, Ahead, const Ends& ends) {
+void multiply_tile(const Rows& rows, const BFloat16* panel, Ahead, const Ends& ends) {
   for (int i = 0; i < kRows; ++i) {
     float sum[kPanel] = {};
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const float first = widen(x[i][2 * pair]), second = widen(x[i][2 * pair + 1]);
+    for (int64_t pair = 0; pair < rows.pairs + rows.more_pairs; ++pair) {
+      const BFloat16* terms = pair < rows.pairs ? rows.x[i] + 2 * pair : rows.more[i] + 2 * (pair - rows.pairs);
+      const float first = widen(terms[0]), second = widen(terms[1]);
       const BFloat16* right = panel + 2 * kPanel * pair;
       for (int64_t j = 0; j < kPanel; ++j) sum[j] += first * widen(right[2 * j]) + second * widen(right[2 * j + 1]);
     }
@@ -106,29 +119,30 @@ void multiply_tile(const BFloat16* const* x, const BFloat16* panel, int64_t pair
 #endif
 
 void multiply_rows(const Forward& f, int64_t panel, int64_t begin, int64_t end, Ahead ahead) {
-  const int64_t pairs = f.terms / 2, column = panel * kPanel;
-  const BFloat16* packed = f.packed + panel * kPanel * f.terms;
+  const int64_t column = panel * kPanel;
+  const BFloat16* packed = f.packed + panel * kPanel * (f.terms + f.more_terms);
   const int64_t tiles = ceil_div(end - begin, kTileRows);
   const int64_t share = ceil_div(ceil_div(ahead.bytes, kCacheLine), tiles) * kCacheLine;
   for (int64_t r = begin; r < end; r += kTileRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - r));
-    const BFloat16* x[kTileRows];
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, end - r));
+    Rows rows{{}, {}, f.terms / 2, f.more_terms / 2};
     Ends ends{f.bias ? f.bias + column : nullptr, {}, {}, std::min(kPanel, f.columns - column)};
-    for (int i = 0; i < rows; ++i) {
-      x[i] = row<BFloat16>(f.x, r + i, f.inner);
+    for (int i = 0; i < count; ++i) {
+      rows.x[i] = row<BFloat16>(f.x, r + i, f.inner);
+      rows.more[i] = f.more_terms > 0 ? row<BFloat16>(f.more, r + i, f.inner) : nullptr;
       ends.add[i] = f.add.data ? row<BFloat16>(f.add, r + i, f.inner) + column : nullptr;
       ends.y[i] = row<BFloat16>(f.y, r + i, f.inner) + column;
     }
     const Ahead next{ahead.from, std::min(share, ahead.bytes)};
     ahead.from += next.bytes;
     ahead.bytes -= next.bytes;
-    switch (rows) {
-      case 1: multiply_tile<1>(x, packed, pairs, next, ends); break;
-      case 2: multiply_tile<2>(x, packed, pairs, next, ends); break;
-      case 3: multiply_tile<3>(x, packed, pairs, next, ends); break;
-      case 4: multiply_tile<4>(x, packed, pairs, next, ends); break;
-      case 5: multiply_tile<5>(x, packed, pairs, next, ends); break;
-      default: multiply_tile<6>(x, packed, pairs, next, ends);
+    switch (count) {
+      case 1: multiply_tile<1>(rows, packed, next, ends); break;
+      case 2: multiply_tile<2>(rows, packed, next, ends); break;
+      case 3: multiply_tile<3>(rows, packed, next, ends); break;
+      case 4: multiply_tile<4>(rows, packed, next, ends); break;
+      case 5: multiply_tile<5>(rows, packed, next, ends); break;
+      default: multiply_tile<6>(rows, packed, next, ends);
     }
   }
 }
@@ -158,7 +172,7 @@ void packed_linear_forward(const Forward& f) {
     while (begin < end) {
       const int64_t panel = begin / chunks, first = begin % chunks;
       const int64_t last = std::min(chunks, first + end - begin);
-      const int64_t bytes = 2 * kPanel * f.terms;
+      const int64_t bytes = 2 * kPanel * (f.terms + f.more_terms);
       const char* next = reinterpret_cast<const char*>(f.packed) + (panel + 1) * bytes;
       const bool goes_on = begin + last - first < end;
       multiply_rows(f, panel, first * kChunkRows, std::min(rows, last * kChunkRows), {next, goes_on ? bytes : 0});

@@ -27,10 +27,12 @@ struct Forward {
   int64_t outer;
   int64_t inner;
   int64_t terms;
+  RowViews more;       // rows that continue those of x, or absent
+  int64_t more_terms;  // even; 0 if absent
   int64_t columns;
-  const BFloat16* packed;
-  const BFloat16* bias;  // (columns,) or null
-  RowViews add;          // rows of `columns`, or absent
+  const BFloat16* packed;  // for all terms
+  const BFloat16* bias;    // (columns,) or null
+  RowViews add;            // rows of `columns`, or absent
   MutableRowViews y;
 };
 

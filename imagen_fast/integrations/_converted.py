@@ -79,7 +79,7 @@ class ConvertedForward(FusedMethod):
                 dtype = self.dtype if value.dtype == own and self.dtype is not None else value.dtype
                 if value.dim() != 4 or self.memory_format is None:
                     once = once_of_graph() if value.dim() == 3 else None  # a text
-                    return value.to(dtype) if once is None else once.of("cast", value, lambda: value.to(dtype))
+                    return value.to(dtype) if once is None else once.of("cast", [value], lambda: value.to(dtype))
                 layouts.add(value.is_contiguous())
                 return value.to(dtype, memory_format=self.memory_format)
 

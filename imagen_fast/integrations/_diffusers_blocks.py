@@ -15,11 +15,18 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.embeddings import TextTimeEmbedding
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnUpBlock2D,
+    ResnetUpsampleBlock2D,
+    SimpleCrossAttnUpBlock2D,
+    UpBlock2D,
+)
 from torch import Tensor, nn
 
 from .. import ops
 from ._fused import Fused, activation_name, group_norm_act, is_plain, why_called
 from ._packed import conv2d, linear, linears
+from ._skips import Joined, norm_act, parts, skips_for
 from ._text import of_text
 from ._time import projected
 
@@ -41,10 +48,17 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             )
         return found
 
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input_tensor: Any, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The input is a tensor, or `Joined`."""
+        skip = None
+        if isinstance(input_tensor, Joined):
+            input_tensor, skip = self._parts(input_tensor)
         if args or kwargs:  # deprecated; the library says so
             return super().forward(input_tensor, temb, *args, **kwargs)
-        hidden = self._norm_act(self.norm1, input_tensor)
+        if skip is None:
+            hidden = self._norm_act(self.norm1, input_tensor)
+        else:
+            hidden = norm_act(self.norm1, input_tensor, skip, activation_name(self.nonlinearity))
         resample = self.upsample if self.upsample is not None else self.downsample
         if resample is not None:
             if self.upsample is not None and hidden.shape[0] >= 64:
@@ -66,15 +80,61 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             if self.time_embedding_norm == "default" and temb is not None:
                 hidden = hidden + temb[:, :, None, None]
             hidden = self._norm_act(self.norm2, hidden)
-        if self.conv_shortcut is not None:
+        if skip is not None:
+            assert self.conv_shortcut is not None
+            input_tensor = conv2d(self.conv_shortcut, input_tensor, more=skip)
+        elif self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
         y = conv2d(self.conv2, self.dropout(hidden), add=input_tensor)
         return y if self.output_scale_factor == 1 else y / self.output_scale_factor
+
+    def _parts(self, joined: Joined) -> tuple[Tensor, Tensor | None]:
+        resampled = self.upsample is not None or self.downsample is not None
+        shortcut = None if resampled or activation_name(self.nonlinearity) is None else self.conv_shortcut
+        return parts(joined.hidden, joined.skip, self.norm1, shortcut)
 
     def _norm_act(self, norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         activation = activation_name(self.nonlinearity)
         y = group_norm_act(norm, x, activation, scale=scale, shift=shift)
         return y if activation is not None else self.nonlinearity(y)
+
+
+class _ReadsSkips(Fused):
+    """Up blocks: skip connections are read where they are, where that is faster (see `_skips`)."""
+
+    ops = ()
+
+    def forward(self, hidden_states: Tensor, res_hidden_states_tuple: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # FreeU scales both before they are joined.
+        free_u = any(getattr(self, name, None) for name in ("s1", "s2", "b1", "b2"))
+        if not free_u and isinstance(res_hidden_states_tuple, tuple):
+            resnets: Any = self.resnets
+            res_hidden_states_tuple = skips_for(resnets, ResnetBlock2D, res_hidden_states_tuple)
+        return super().forward(hidden_states, res_hidden_states_tuple, *args, **kwargs)
+
+
+class FusedUpBlock2D(_ReadsSkips, UpBlock2D):
+    """Of residual blocks alone."""
+
+    original = UpBlock2D
+
+
+class FusedResnetUpsampleBlock2D(_ReadsSkips, ResnetUpsampleBlock2D):
+    """The same, upsampled by a residual block."""
+
+    original = ResnetUpsampleBlock2D
+
+
+class FusedCrossAttnUpBlock2D(_ReadsSkips, CrossAttnUpBlock2D):
+    """With transformers (Stable Diffusion)."""
+
+    original = CrossAttnUpBlock2D
+
+
+class FusedSimpleCrossAttnUpBlock2D(_ReadsSkips, SimpleCrossAttnUpBlock2D):
+    """With attention that has added keys and values (DeepFloyd IF)."""
+
+    original = SimpleCrossAttnUpBlock2D
 
 
 class FusedGEGLU(Fused, GEGLU):
@@ -240,7 +300,7 @@ class TextKeepingAttention(FusedAttention):
     def _of_text(self, text: Tensor, added: bool) -> tuple[Tensor, Tensor]:
         layers = (self.add_k_proj, self.add_v_proj) if added else (self.to_k, self.to_v)
         compute = super()._of_text
-        return of_text(self, "text", (self.norm_cross, *layers), text, lambda: compute(text, added))
+        return of_text(self, "text", (self.norm_cross, *layers), (text,), lambda: compute(text, added))
 
 
 class TextKeepingPooling(Fused, TextTimeEmbedding):
@@ -253,7 +313,7 @@ class TextKeepingPooling(Fused, TextTimeEmbedding):
     def forward(self, hidden_states: Tensor) -> Tensor:
         compute = super().forward
         children = tuple(self.children())
-        return of_text(self, "text", children, hidden_states, lambda: compute(hidden_states))
+        return of_text(self, "text", children, (hidden_states,), lambda: compute(hidden_states))
 
 
 def _why_processor_called(attention: Any) -> str | None:

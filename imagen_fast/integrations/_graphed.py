@@ -241,7 +241,7 @@ def summary(asked: str, inference: bool, limits: Limits, reasons: dict[str, list
 # ---- Arguments
 
 
-def of_step(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
+def prepared_step(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
     """A call of a U-Net: its time step, the second argument, goes to the device as a tensor, of which a graph is not
     the graph of one number alone."""
     sample = args[0] if args else kwargs.get("sample", kwargs.get("x"))
@@ -266,7 +266,7 @@ def _on_device(timestep: Any, device: torch.device) -> Any:
 LONGEST = 512  # tokens; texts beyond it are encoded as they are
 
 
-def of_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
+def prepared_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
     """A call of a text encoder with tokens and their mask: both are padded to the next bucket, so that one graph serves
     all texts of about a length, and the result is cut. Padding is masked, so it changes nothing but rounding."""
     if not pads:

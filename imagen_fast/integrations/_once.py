@@ -4,7 +4,7 @@ not at every replay."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,14 +33,13 @@ class Once:
         """Have tensors live as long as the graph, which reads them where they are, and which others may drop."""
         self._held.append(kept)
 
-    def of(self, key: Hashable, given: Tensor, make: Callable[[], Any]) -> Any:
-        """`make()`, computed in the graph unless `given` is one of the inputs, or was itself made of one."""
-        if id(given) not in self._known:
+    def of(self, key: Hashable, given: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """`make()`, computed in the graph unless all that is given are inputs, or were themselves made of some."""
+        if not all(map(self.knows, given)):
             return make()
-        key = (key, id(given))
+        key = (key, *map(id, given))
         if key not in self._made:
-            if id(given) in self._numbers:
-                self.roots.add(self._numbers[id(given)])
+            self.roots.update(self._numbers[id(tensor)] for tensor in given if id(tensor) in self._numbers)
             with _disable_current_modes():  # what records the call sees nothing of it
                 result = make()
             self._made[key] = make, result

@@ -127,14 +127,20 @@ def linears(owner: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> tuple[T
     return tuple(layer(x) for layer in layers)
 
 
-def conv2d(layer: nn.Module, x: Tensor, *, add: Tensor | None = None) -> Tensor:
-    """`layer(x)`, or `layer(x) + add`.
+def conv2d(layer: nn.Module, x: Tensor, *, add: Tensor | None = None, more: Tensor | None = None) -> Tensor:
+    """`layer(x)`, or `layer(x) + add`, or `layer(torch.cat((x, more), dim=1))`.
 
     Args:
         layer: a child that is an `nn.Conv2d` as long as nobody replaces it.
         x: (B, C, H, W).
         add: of the result's shape.
+        more: further channels of x; not together with `add`.
     """
+    if more is not None:
+        product = product_of(layer, x)
+        if product is not None:
+            return _run_product(product, x, None, more)
+        x = torch.cat((x, more), dim=1)
     packed = _packed_conv2d(layer, x) if isinstance(layer, PackedConv2d) and _is_plain(layer) else None
     if packed is None:
         y = layer(x)
@@ -142,7 +148,8 @@ def conv2d(layer: nn.Module, x: Tensor, *, add: Tensor | None = None) -> Tensor:
     assert isinstance(layer, PackedConv2d)
     if add is None:
         return _run_conv2d(layer, packed, x, None)
-    fits = _can_add(add, x, _conv2d_shape(layer, x)) and (not packed.is_transformed or _is_channels_last(add))
+    by_onednn = not packed.is_transformed and not isinstance(packed.weight, _product.Panels)
+    fits = _can_add(add, x, _conv2d_shape(layer, x)) and (by_onednn or is_channels_last(add))
     return _run_conv2d(layer, packed, x, add) if fits else _run_conv2d(layer, packed, x, None) + add
 
 
@@ -298,7 +305,7 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
         return None
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     # With a packed weight oneDNN makes NHWC of NCHW; and PyTorch has another algorithm for small ones in float32.
-    if weight is None or x.dim() != 4 or not (_is_channels_last(x) or _is_channels_last(weight)):
+    if weight is None or x.dim() != 4 or not (is_channels_last(x) or is_channels_last(weight)):
         return None
     fits = (
         layer.padding_mode == "zeros"
@@ -306,6 +313,9 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
         and x.shape[1] == weight.shape[1] * layer.groups
         and min(_conv2d_shape(layer, x)) > 0
     )
+    product = _packed_product(layer, x) if fits else None
+    if product is not None:
+        return product
     transforms = fits and _transforms(layer, x)
     if not fits or not (transforms or _has_onednn(x.dtype)) or not _can_pack((weight,), (bias,), x):
         return None
@@ -321,6 +331,41 @@ def _packed_conv2d(layer: Any, x: Tensor) -> _Packed | None:
             copy = _ONEDNN._reorder_convolution_weight(weight.detach(), *where, list(x.shape))
     packed = kept(layer)[key] = _Packed(Seen(weight, bias), copy, bias, transforms)
     return packed
+
+
+def product_of(layer: nn.Module, x: Tensor) -> _Packed | None:
+    """The packed weight of a 1x1 convolution that is a product of rows of a channels-last x, or of its first channels.
+
+    None where it is none, or where another way is faster.
+    """
+    return _packed_product(layer, x) if isinstance(layer, PackedConv2d) and _is_plain(layer) else None
+
+
+def _packed_product(layer: Any, x: Tensor) -> _Packed | None:
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if (layer.kernel_size, layer.stride, layer.padding, layer.groups) != ((1, 1), (1, 1), (0, 0), 1):
+        return None
+    if weight is None or (bias is not None and not bias.is_contiguous()) or not _can_pack((weight,), (bias,), x):
+        return None
+    if not _kept_here(layer, "product"):
+        return None
+    found = kept(layer).get("product")
+    if found is not None and found.seen.still(weight, bias):
+        return found
+    matrix = weight.detach().flatten(1)
+    if not _product.is_faster(matrix):
+        return None
+    with outside_inference():
+        packed = kept(layer)["product"] = _Packed(Seen(weight, bias), _product.pack(matrix), bias)
+    return packed
+
+
+def _run_product(packed: _Packed, x: Tensor, add: Tensor | None, more: Tensor | None = None) -> Tensor:
+    """Of pictures that are channels-last, (B, C, H, W)."""
+    height, width = x.shape[2:]
+    pixels = [None if t is None else t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, add, more)]
+    y = packed.weight.product(pixels[0], packed.bias, *pixels[1:])
+    return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def _transforms(layer: Any, x: Tensor) -> bool:
@@ -361,7 +406,7 @@ def packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
     return weight.numel() * dtype.itemsize
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -377,6 +422,8 @@ def _conv2d_shape(layer: Any, x: Tensor) -> tuple[int, ...]:
 
 def _run_conv2d(layer: nn.Conv2d, packed: _Packed, x: Tensor, add: Tensor | None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)  # as PyTorch's own, if the weight is
+    if isinstance(packed.weight, _product.Panels):
+        return _run_product(packed, x, add)
     if packed.is_transformed:
         return _conv3x3.conv3x3(x, packed.weight, packed.bias, add, layer.out_channels)
     where = (layer.padding, layer.stride, layer.dilation, layer.groups)

@@ -17,17 +17,22 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..models.layers import TextConditioning
 from ._fused import own_methods
 from ._kept import Seen, can_be_seen, kept, outside_inference, same_numbers, values_kept
 from ._once import once_of_graph
 from ._packed import PackedLinear
 
 _TEXTS = 2  # kept at a time: guidance may call a model by turns with two
-_PURE = {nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential}
+_PURE = {
+    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.SiLU, nn.Dropout, nn.Identity),
+    *(nn.ModuleList, nn.ModuleDict, nn.Sequential),
+}
+_EMBEDDINGS = ("diffusers.models.embeddings", TextConditioning.__module__)
 
 
 class _Made(NamedTuple):
-    text: Seen | Tensor
+    given: tuple[Seen | Tensor, ...]
     state: Any
     seen: Seen
     result: Any
@@ -35,7 +40,7 @@ class _Made(NamedTuple):
 
 
 def of_text(
-    owner: nn.Module, key: str, through: Iterable[nn.Module | None], text: Tensor, make: Callable[[], Any]
+    owner: nn.Module, key: str, through: Iterable[nn.Module | None], given: tuple[Tensor, ...], make: Callable[[], Any]
 ) -> Any:
     """`make()`, or what it gave for the same text before.
 
@@ -43,35 +48,39 @@ def of_text(
         owner: the module beside which the result is kept.
         key: tells this result from others of the same owner.
         through: the modules that `make` calls or reads.
-        text: all that the result depends on, besides these modules.
+        given: all that the result depends on, besides these modules: the text, and perhaps its mask.
         make: gives a tensor or a structure of tensors, which nobody writes to.
     """
-    if torch.compiler.is_compiling() or not values_kept() or type(text) is not Tensor or text.is_meta:
+    if torch.compiler.is_compiling() or not values_kept() or any(type(x) is not Tensor or x.is_meta for x in given):
         return make()
     description = _describe(through)
-    if description is None or (text.device.type != "cpu" and not can_be_seen(text)):
+    if description is None or not all(x.device.type == "cpu" or can_be_seen(x) for x in given):
         return make()
     once = once_of_graph()
     if once is None:
-        return _kept_or_made(owner, key, description, text, make)
-    if text.device.type == "cpu" and once.knows(text):  # its record writes to what it reads, so not to what is kept
+        return _kept_or_made(owner, key, description, given, make)
+    if all(x.device.type == "cpu" and once.knows(x) for x in given):
         compute = make
 
-        def make() -> Any:
-            return tree_map(Tensor.clone, _kept_or_made(owner, key, description, text, compute))
+        def make() -> Any:  # the record writes to what it reads, so not to what is kept
+            return tree_map(Tensor.clone, _kept_or_made(owner, key, description, given, compute))
 
-    return once.of((id(owner), key), text, make)  # dropped when a module has changed
+    return once.of((id(owner), key), given, make)  # dropped when a module has changed
 
 
 def _kept_or_made(
-    owner: nn.Module, key: str, description: tuple[Any, list[Tensor]], text: Tensor, make: Callable[[], Any]
+    owner: nn.Module,
+    key: str,
+    description: tuple[Any, list[Tensor]],
+    given: tuple[Tensor, ...],
+    make: Callable[[], Any],
 ) -> Any:
     state, tensors = description
     entries: list[_Made] = kept(owner).setdefault(key, [])
     for i, made in enumerate(entries):
         if (
             made.state == state
-            and _is_same(made.text, text)
+            and all(map(_is_same, made.given, given))
             and made.seen.still(*tensors)
             and [tensor._version for tensor in tree_leaves(made.result)] == made.versions
         ):
@@ -80,10 +89,10 @@ def _kept_or_made(
     with outside_inference():
         # By value where that is cheap: text may be written to behind PyTorch's back, too. Elsewhere it would wait
         # for the device.
-        copy = text.clone() if text.device.type == "cpu" else Seen(text)
+        copies = tuple(x.clone() if x.device.type == "cpu" else Seen(x) for x in given)
         result = make()
         versions = [tensor._version for tensor in tree_leaves(result)]
-        entries.insert(0, _Made(copy, state, Seen(*tensors), result, versions))
+        entries.insert(0, _Made(copies, state, Seen(*tensors), result, versions))
     del entries[_TEXTS:]
     return result
 
@@ -126,7 +135,7 @@ def _state(module: Any) -> tuple[Any, ...] | None:
         return (getattr(module, "eps", None),)
     if cls.__module__.startswith("peft.tuners.lora."):
         return _adapter_state(module)
-    return (original,) if original.__module__ == "diffusers.models.embeddings" else None
+    return (original,) if original.__module__ in _EMBEDDINGS else None
 
 
 def _adapter_state(layer: Any) -> tuple[Any, ...] | None:
@@ -148,4 +157,4 @@ class TextLinear(PackedLinear):
     def forward(self, input: Tensor) -> Tensor:
         if "forward" in vars(self) and "forward" not in own_methods(self):
             return super().forward(input)
-        return of_text(self, "text", (self,), input, lambda: super(TextLinear, self).forward(input))
+        return of_text(self, "text", (self,), (input,), lambda: super(TextLinear, self).forward(input))

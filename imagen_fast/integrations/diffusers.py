@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from . import Integration
 from ._diffusers_blocks import (
     FusedAttention,
+    FusedCrossAttnUpBlock2D,
     FusedGEGLU,
     FusedResnetBlock2D,
+    FusedResnetUpsampleBlock2D,
+    FusedSimpleCrossAttnUpBlock2D,
+    FusedUpBlock2D,
     TextKeepingAttention,
     TextKeepingPooling,
 )
 from ._diffusers_schedulers import FUSED_STEPS
-from ._graphed import Prepare, of_step
+from ._graphed import Prepare, prepared_step
 from ._packed import PackedConv2d, PackedLinear
 from ._text import TextLinear
 
@@ -73,13 +77,17 @@ def _synthetic_inputs(unet: Any) -> dict[str, Any]:
 
 
 def _graphed(part: Any) -> Prepare | None:
-    return of_step if isinstance(part, UNet2DConditionModel) else None
+    return prepared_step if isinstance(part, UNet2DConditionModel) else None
 
 
 INTEGRATION = Integration(
     serves=(DiffusionPipeline, ModelMixin, SchedulerMixin),
     fused=(
         FusedResnetBlock2D,
+        FusedUpBlock2D,
+        FusedResnetUpsampleBlock2D,
+        FusedCrossAttnUpBlock2D,
+        FusedSimpleCrossAttnUpBlock2D,
         TextKeepingAttention,
         FusedAttention,
         TextKeepingPooling,

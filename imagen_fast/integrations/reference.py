@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.efficient_unet import EfficientUNet
 from ..models.imagen import Imagen
-from ..models.layers import Attention, GroupNormSiLU, ResnetBlock, TextCondition, resampled
+from ..models.layers import Attention, GroupNormSiLU, ResnetBlock, TextCondition, TextConditioning, resampled
 from ..models.t5 import T5Encoder
 from ..models.unet import UNet
 from . import Integration
 from ._fused import Fused, attention, group_norm_act, is_head_width, is_plain
-from ._graphed import Prepare, of_step, of_text
+from ._graphed import Prepare, prepared_step, prepared_text
 from ._packed import PackedConv2d, PackedLinear, conv2d, linears
 from ._reference_t5 import T5_FORMS
+from ._skips import norm_act, parts
+from ._text import of_text
 from ._time import projected
 
 # ---- Fused forms
@@ -33,12 +35,15 @@ class FusedResnetBlock(Fused, ResnetBlock):
     ops = ("group_norm_act",)
     reads = {"norm1": nn.GroupNorm, "norm2": nn.GroupNorm}  # noqa: RUF012
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = group_norm_act(self.norm1, x, "silu")
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x, skip = parts(x, skip, self.norm1, None if self.resample else self.skip)
+        h = group_norm_act(self.norm1, x, "silu") if skip is None else norm_act(self.norm1, x, skip, "silu")
         h = conv2d(self.conv1, resampled(h, self.resample))
         scale, shift = projected(self.modulation, embedding, "silu").chunk(2, dim=1)
         h = group_norm_act(self.norm2, h, "silu", scale=scale, shift=shift)
-        return conv2d(self.conv2, self.dropout(h), add=self.skip(resampled(x, self.resample)))
+        shortcut = self.skip(resampled(x, self.resample)) if skip is None else conv2d(self.skip, x, more=skip)
+        return conv2d(self.conv2, self.dropout(h), add=shortcut)
 
 
 class FusedAttention(Fused, Attention):
@@ -70,7 +75,7 @@ class FusedAttention(Fused, Attention):
         segments: list[tuple[Tensor | None, Tensor | None]] = []
         mask = None
         if self.to_text_kv is not None and text is not None:
-            segments.append(self._keys_and_values(self.to_text_kv(text.tokens)))
+            segments.append(self._of_text(text.tokens))
             mask = text.mask if self.to_kv is None else F.pad(text.mask, (0, height * width), value=True)
         if own_kv is not None:
             segments.append(self._keys_and_values(own_kv))
@@ -80,10 +85,37 @@ class FusedAttention(Fused, Attention):
         h = self.to_out(h.transpose(1, 2).reshape(batch, height * width, channels))
         return h.transpose(1, 2).reshape(batch, channels, height, width)
 
+    def _of_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.to_text_kv is not None
+        return self._keys_and_values(self.to_text_kv(tokens))
+
     def _keys_and_values(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """(B, heads, L, C / heads) each, parts of one projection (B, L, 2 C)."""
         k, v = both.chunk(2, dim=2)
         return self._split_heads(k), self._split_heads(v)
+
+
+class TextKeepingAttention(FusedAttention):
+    """The same, with keys and values of the text computed once for each text."""
+
+    original = Attention
+    caches_text = True
+
+    def _of_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        compute = super()._of_text
+        return of_text(self, "text", (self.to_text_kv,), (tokens,), lambda: compute(tokens))
+
+
+class TextKeepingConditioning(Fused, TextConditioning):
+    """What attention and the embedding of time get from the text, computed once for each text."""
+
+    original = TextConditioning
+    ops = ()
+    caches_text = True
+
+    def forward(self, text: Tensor, mask: Tensor) -> tuple[TextCondition, Tensor]:
+        compute = super().forward
+        return of_text(self, "text", (self,), (text, mask), lambda: compute(text, mask))
 
 
 class FusedGroupNormSiLU(Fused, GroupNormSiLU):
@@ -165,13 +197,22 @@ def _synthetic_text(encoder: T5Encoder) -> dict[str, Tensor]:
 
 def _graphed(part: nn.Module) -> Prepare | None:
     if isinstance(part, T5Encoder):
-        return of_text
-    return of_step if isinstance(part, UNet | EfficientUNet) else None
+        return prepared_text
+    return prepared_step if isinstance(part, UNet | EfficientUNet) else None
 
 
 INTEGRATION = Integration(
     serves=(Imagen, UNet, EfficientUNet, T5Encoder),
-    fused=(FusedResnetBlock, FusedAttention, FusedGroupNormSiLU, *T5_FORMS, PackedLinear, PackedConv2d),
+    fused=(
+        FusedResnetBlock,
+        TextKeepingAttention,
+        FusedAttention,
+        TextKeepingConditioning,
+        FusedGroupNormSiLU,
+        *T5_FORMS,
+        PackedLinear,
+        PackedConv2d,
+    ),
     parts=_parts,
     runs=_runs,
     graphed=_graphed,

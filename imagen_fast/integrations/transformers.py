@@ -21,7 +21,7 @@ from transformers.models.umt5 import modeling_umt5
 from .. import ops
 from . import Integration
 from ._fused import Fused, is_plain, own_methods
-from ._graphed import Prepare, of_text
+from ._graphed import Prepare, prepared_text
 from ._packed import PackedLinear, linear
 from ._t5 import EncoderForward, SelfAttention
 from ._t5_blocks import EncoderBlock, GatedDense
@@ -272,7 +272,7 @@ _ENCODERS = (modeling_t5.T5EncoderModel, modeling_mt5.MT5EncoderModel, modeling_
 
 
 def _graphed(part: Any) -> Prepare | None:
-    return of_text if isinstance(part, _ENCODERS) else None
+    return prepared_text if isinstance(part, _ENCODERS) else None
 
 
 _FORMS: tuple[type[Fused], ...] = (

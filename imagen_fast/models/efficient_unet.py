@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from .layers import Attention, GroupNormSiLU, NumberEmbedding, ResnetBlock, TextCondition, TextConditioning, norm_groups
@@ -108,7 +107,7 @@ class EfficientUNet(nn.Module):
             skips.append(h)
         for block in self.up:
             h = block(h, skips.pop(), embedding, condition)
-        h = self.resnet_out(torch.cat((h, stem), dim=1), embedding)
+        h = self.resnet_out(h, embedding, stem)
         return self.conv_out(self.norm_out(h))
 
 
@@ -136,8 +135,9 @@ class UpBlock(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
 
     def forward(self, x: Tensor, skip: Tensor, embedding: Tensor, condition: TextCondition | None) -> Tensor:
-        h = torch.cat((x, skip * math.sqrt(0.5)), dim=1)
-        for resnet in self.resnets:
+        first, *others = self.resnets
+        h = first(x, embedding, skip * math.sqrt(0.5))
+        for resnet in others:
             h = resnet(h, embedding)
         if self.attention is not None:
             h = self.attention(h, condition)

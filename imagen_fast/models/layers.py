@@ -83,7 +83,8 @@ class TextConditioning(nn.Module):
 class ResnetBlock(nn.Module):
     """GroupNorm → SiLU → conv → GroupNorm → (1 + scale)·x + shift → SiLU → conv, plus the (resampled) input.
 
-    With `resample` both branches change size between the first activation and the first convolution (BigGAN).
+    With `resample` both branches change size between the first activation and the first convolution (BigGAN). A skip
+    connection is joined with the input in the channels; in_channels counts those of both.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class ResnetBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, C, H, W), embedding (B, E) → (B, C', H', W')."""
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), embedding (B, E) and perhaps skip (B, S, H, W) → (B, C', H', W')."""
+        x = x if skip is None else torch.cat((x, skip), dim=1)
         h = F.silu(self.norm1(x))
         h = self.conv1(resampled(h, self.resample))
         scale, shift = self.modulation(F.silu(embedding)).chunk(2, dim=1)

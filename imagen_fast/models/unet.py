@@ -127,7 +127,7 @@ class UNet(nn.Module):
         h = self.middle1(h, embedding, condition)
         h = self.middle2(h, embedding, condition)
         for step in self.up:
-            h = step(torch.cat((h, skips.pop()), dim=1) if step.reads_skip else h, embedding, condition)
+            h = step(h, embedding, condition, skips.pop() if step.reads_skip else None)
         return self.conv_out(self.norm_out(h))
 
 
@@ -138,8 +138,10 @@ class _Step(nn.Module):
         super().__init__()
         self.resnet, self.attention, self.reads_skip = resnet, attention, reads_skip
 
-    def forward(self, x: Tensor, embedding: Tensor, condition: TextCondition | None) -> Tensor:
-        h = self.resnet(x, embedding)
+    def forward(
+        self, x: Tensor, embedding: Tensor, condition: TextCondition | None, skip: Tensor | None = None
+    ) -> Tensor:
+        h = self.resnet(x, embedding) if skip is None else self.resnet(x, embedding, skip)
         return h if self.attention is None else self.attention(h, condition)
 
 

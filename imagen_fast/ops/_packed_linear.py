@@ -1,6 +1,7 @@
 """The product of rows in bfloat16 with a weight that was packed before, on the CPU, without gradients.
 
     y = x W^T + bias + add
+    y = (x, more) W^T + bias + add, for rows that lie in two tensors
 
 It is for machines that have instructions for bfloat16 in AVX-512 but no matrix tiles: a panel of the weight stays in a
 cache while all rows meet it, and the next one is on its way there. How a packed weight lies in memory is described in
@@ -21,7 +22,9 @@ _MOST_TERMS = 4096  # of a panel that stays in a second cache of 1 MiB, beside t
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
 _LIBRARY.define("packed_linear_pack(Tensor weight) -> Tensor")
-_LIBRARY.define("packed_linear(Tensor x, Tensor packed, int columns, Tensor? bias, Tensor? add) -> Tensor")
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor packed, int columns, Tensor? bias, Tensor? add, Tensor? more=None) -> Tensor"
+)
 
 
 class Panels(NamedTuple):
@@ -35,10 +38,15 @@ class Panels(NamedTuple):
     packed: Tensor
     columns: int
 
-    def product(self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-        """x (..., terms) times the weight, plus bias (columns,) and add (..., columns), all of them bfloat16."""
-        added = None if add is None else rows(add)
-        y = torch.ops.imagen_fast.packed_linear(rows(x), self.packed, self.columns, bias, added)
+    def product(
+        self, x: Tensor, bias: Tensor | None = None, add: Tensor | None = None, more: Tensor | None = None
+    ) -> Tensor:
+        """x (..., terms) times the weight, plus bias (columns,) and add (..., columns), all of them bfloat16.
+
+        With `more` (..., further terms) the weight is one for the terms of both.
+        """
+        added, continued = (None if tensor is None else rows(tensor) for tensor in (add, more))
+        y = torch.ops.imagen_fast.packed_linear(rows(x), self.packed, self.columns, bias, added, continued)
         return y if x.dim() == 3 else y.view(*x.shape[:-1], self.columns)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
-from imagen_fast.integrations._graphed import GraphedForward, Prepared, bucket, of_step
+from imagen_fast.integrations._graphed import GraphedForward, Prepared, bucket, prepared_step
 from imagen_fast.integrations._graphs import GraphPool
 from imagen_fast.models import UNet, UNetConfig
 
@@ -405,7 +405,7 @@ def test_options_switch_graphs_off(recorder: OperatorRecorder) -> None:
 @pytest.mark.parametrize("timestep", [7, 7.5, torch.tensor(7), torch.tensor([7, 8])], ids=str)
 def test_a_time_step_is_a_tensor(timestep: Any) -> None:
     for args, kwargs in (((torch.ones(2), timestep), {}), ((torch.ones(2),), {"timestep": timestep})):
-        prepared = of_step(nn.Identity(), args, kwargs)
+        prepared = prepared_step(nn.Identity(), args, kwargs)
         assert isinstance(prepared, Prepared)
         found = prepared.args[1] if len(args) > 1 else prepared.kwargs["timestep"]
         wanted = torch.as_tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else None)

@@ -14,24 +14,14 @@ from torch import Tensor, nn
 import imagen_fast
 from imagen_fast.integrations import _text
 
-from .unet_configs import IF
+from .unet_configs import IF, SD
 
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
 
 from imagen_fast.integrations import _diffusers_blocks  # noqa: E402  # imports diffusers
 
-BLOCKS = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 8, "block_out_channels": (16, 32)}
 SUPER_RESOLUTION = {**IF, "mid_block_only_cross_attention": True, "only_cross_attention": True}
-STABLE_DIFFUSION = {
-    **BLOCKS,
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 2,
-}
-KINDS = {"if": IF, "if-sr": SUPER_RESOLUTION, "sd": STABLE_DIFFUSION}
+KINDS = {"if": IF, "if-sr": SUPER_RESOLUTION, "sd": SD}
 
 
 @pytest.fixture(params=KINDS)

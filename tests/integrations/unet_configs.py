@@ -25,3 +25,17 @@ IF: dict[str, Any] = {
     "resnet_time_scale_shift": "scale_shift",
     "time_embedding_act_fn": "gelu",
 }
+
+# As Stable Diffusion's, with transformers in its blocks
+SD: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "block_out_channels": (16, 32),
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+}

@@ -160,3 +160,23 @@ def test_wrong_tensors_are_refused() -> None:
         packed.product(random(3, 66), add=random(3, 64))
     with pytest.raises(RuntimeError, match="even last size"):
         _packed_linear.pack(random(4, 7))
+
+
+@pytest.mark.parametrize("terms", [(2, 70), (66, 4), (514, 30)], ids=str)
+def test_rows_in_two_tensors(terms: tuple[int, int], capability: str) -> None:
+    weight = _packed_linear.pack(random(130, sum(terms), seed=1))
+    bias, add = random(130, seed=2), random(3, 17, 130, seed=3)
+    x, more = (random(3, 17, count, seed=4) for count in terms)
+    whole = torch.cat((x, more), dim=-1)
+    assert torch.equal(weight.product(x, bias, add, more), weight.product(whole, bias, add))
+    assert torch.equal(weight.product(x[0, :1], None, None, more[0, :1]), weight.product(whole[0, :1]))
+    with_gaps = torch.zeros(3, 17, 200, dtype=torch.bfloat16)
+    with_gaps[..., : terms[1]] = more
+    assert torch.equal(weight.product(x, bias, add, with_gaps[..., : terms[1]]), weight.product(whole, bias, add))
+
+
+def test_rows_that_do_not_continue_others() -> None:
+    weight, x = _packed_linear.pack(random(8, 12, seed=1)), random(2, 3, 8)
+    for more in (random(2, 4, 4), random(2, 3, 6), random(2, 3, 3), random(2, 3, 4).float()):
+        with pytest.raises(RuntimeError, match="packed_linear"):
+            weight.product(x, None, None, more)
