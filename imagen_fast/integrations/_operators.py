@@ -71,6 +71,8 @@ class Record(TorchDispatchMode):
         written = _written(func, args, kwargs)
         if any(not self._depends(tensor) for tensor in written):
             raise NotRecorded(f"it writes to a tensor that was there before ({func})")
+        if depends and _has_shapes_of_numbers(func, args):
+            raise NotRecorded(f"shapes in it depend on numbers ({func})")
         given, named = tree_map(self._replaced, (args, kwargs))
         out = func(*args, **kwargs)
         results = [out] if isinstance(out, Tensor) else [*out] if isinstance(out, list | tuple) else []
@@ -154,6 +156,13 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
             values = value if isinstance(value, list | tuple) else [value]
             written += [item for item in values if isinstance(item, Tensor)]
     return written
+
+
+def _has_shapes_of_numbers(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of an operator's result depends on the numbers that it is given."""
+    if operator is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in operator.tags
 
 
 def _is_random(operator: Any) -> bool:

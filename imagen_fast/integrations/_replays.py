@@ -127,8 +127,9 @@ class ReplayPool:
             if replay is not None:
                 self._replays.move_to_end(kind)
             is_due = replay is None and self._is_due(kind)
+            replays = self._replays
         if is_due:
-            return self._record(kind, function, call)
+            return self._record(kind, function, call, replays)
         if replay is None or not replay.lock.acquire(blocking=False):  # another thread is using it
             return function(*args, **kwargs)
         try:
@@ -156,7 +157,9 @@ class ReplayPool:
             self._met[kind] = False  # not by another thread as well
         return due is True and self._unused < 2 * self.limit
 
-    def _record(self, kind: Hashable, function: Callable[..., Any], call: Call) -> Any:
+    def _record(
+        self, kind: Hashable, function: Callable[..., Any], call: Call, replays: OrderedDict[Hashable, _Replay]
+    ) -> Any:
         """The result of the call, which is recorded if it can be."""
         random = torch.get_rng_state()
         try:
@@ -167,9 +170,9 @@ class ReplayPool:
             self.note(reason, logging.INFO if isinstance(error, NotRecorded) else logging.WARNING)
             return function(*call.args, **call.kwargs)
         with self.lock:
-            self._replays[kind] = replay
-            if len(self._replays) > self.limit:
-                self._replays.popitem(last=False)
+            replays[kind] = replay  # nobody's any more, if they have been cleared meanwhile
+            if len(replays) > self.limit:
+                replays.popitem(last=False)
             self._met[kind] = True  # if it has to go
         self.recorded += 1
         self._unused += 1

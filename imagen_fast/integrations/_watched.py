@@ -44,6 +44,8 @@ class Watched:
         self._copies: list[tuple[Any, Any]] = []  # others, and what they held
         self._orders: list[tuple[Mapping[str, Any], list[int]]] = []  # those that hold tensors, and their identities
         self._tensors: list[Tensor] = []
+        self._classes: list[tuple[nn.Module, type]] = []
+        self._forwards: dict[type, Any] = {}
         self._met: dict[int, Any] = {}  # objects by identity, which stays theirs as long as they are held here
         self._walk_module(root)
         self._seen = Seen(*(self._tensors if self.obstacle is None else ()))
@@ -62,6 +64,12 @@ class Watched:
         for table, order in self._orders:
             if [*map(id, table.values())] != order:
                 return True
+        for module, cls in self._classes:
+            if module.__class__ is not cls:
+                return True
+        for cls, forward in self._forwards.items():
+            if cls.forward is not forward:  # type: ignore[attr-defined]
+                return True
         return any(self._empty) or not self._seen.are_still()
 
     def _walk_module(self, module: nn.Module) -> None:
@@ -69,7 +77,9 @@ class Watched:
             if id(inner) in self._met:
                 continue
             self._met[id(inner)] = inner
-            attributes = vars(inner)
+            attributes, cls = vars(inner), type(inner)
+            self._classes.append((inner, cls))
+            self._forwards[cls] = cls.forward
             self._look_at_obstacles(inner)
             self._watch(attributes)
             for key in ("_modules", *_HOOKS, *_TABLES):

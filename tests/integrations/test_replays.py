@@ -112,6 +112,8 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x * x.sum().item(),
     "branch": lambda x: x if x.sum() > 0 else -x,
     "equal": lambda x: x * torch.equal(x, WEIGHT[:4]),
+    "mask": lambda x: x[x > 0].sum(),
+    "nonzero": lambda x: x.nonzero().sum(),
     "write": lambda x: BUFFER.copy_(x),
     "write through a view": lambda x: BUFFER[1:].copy_(x[1:]),
 }
@@ -250,6 +252,17 @@ def test_errors_are_the_functions_own(pool: ReplayPool) -> None:
     for _ in range(3):
         with pytest.raises(KeyError, match="mine"):
             call(pool, function, torch.ones(3))
+
+
+def test_a_record_of_what_has_changed_meanwhile_is_dropped(pool: ReplayPool) -> None:
+    call(pool, torch.exp, torch.ones(3))
+
+    def function(x: Tensor) -> Tensor:
+        pool.clear()  # by another thread, which has seen a change
+        return x.exp()
+
+    call(pool, function, torch.ones(3))
+    assert (pool.recorded, len(pool)) == (1, 0)
 
 
 def test_threads_do_not_wait_for_each_other(pool: ReplayPool) -> None:
@@ -467,6 +480,23 @@ class _Looking(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(1)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["class", "forward of a class"])
+def test_another_class_or_forward_is_seen(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    imagen_fast.accelerate(model)
+    for seed in range(4):
+        run(model, seed)
+    calls: list[int] = []
+    if how == "class":
+        imagen_fast.restore(model.middle1)
+    else:
+        forward = nn.SiLU.forward
+        monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    assert torch.equal(run(model, 5), called(model, 5))
+    assert replays_of(model).replayed == 1
+    assert bool(calls) == (how != "class")
 
 
 def test_a_model_that_changes_at_every_call_is_not_watched_for_ever() -> None:
