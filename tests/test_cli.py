@@ -357,7 +357,7 @@ def test_demo_draws_each_prompt_both_ways_from_one_seed(imagen, tmp_path, capsys
     assert not imagen.accelerated
     for model in (imagen, accelerated):
         warm_up, *calls = model.calls
-        assert warm_up["steps"] == 2
+        assert warm_up["steps"] == 4
         assert [call["prompts"] for call in calls] == [[prompt] for prompt in demo.PROMPTS]
         assert {call["seed"] for call in calls} == {3}
     printed = capsys.readouterr().out
