@@ -100,9 +100,16 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
 
 class _ReadsSkips(Fused):
-    """Up blocks: skip connections are read where they are, where that is faster (see `_skips`)."""
+    """Up blocks: skip connections are read where they are, where that is faster (see `_skips`).
+
+    They keep the names of their classes: the library lists by name which blocks checkpoint their gradients.
+    """
 
     ops = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__name__ = cls.original.__name__  # pickles go by the qualified name
 
     def forward(self, hidden_states: Tensor, res_hidden_states_tuple: Any, *args: Any, **kwargs: Any) -> Tensor:
         # FreeU scales both before they are joined.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -152,6 +153,18 @@ def test_free_u(counted: list[int]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(output(ours, given), output(plain, given), rtol=0.05, atol=0.05)
     assert counted == []
+
+
+@pytest.mark.parametrize("kind", ["IF", "SD"])
+def test_blocks_keep_their_names_and_are_pickled(kind: str) -> None:
+    model, _, _ = KINDS[kind]()
+    names = [type(block).__name__ for block in model.up_blocks]
+    imagen_fast.accelerate(model)
+    assert [type(block).__name__ for block in model.up_blocks] == names
+    for block, name in zip(model.up_blocks, names, strict=True):
+        assert type(block) is not getattr(unet_2d_blocks, name)
+    again = pickle.loads(pickle.dumps(model.up_blocks))
+    assert [type(block) for block in again] == [type(block) for block in model.up_blocks]
 
 
 def test_a_skip_is_a_tensor_to_all_but_cat() -> None:
