@@ -161,8 +161,7 @@ def test_blocks_keep_their_names_and_are_pickled(kind: str) -> None:
     names = [type(block).__name__ for block in model.up_blocks]
     imagen_fast.accelerate(model)
     assert [type(block).__name__ for block in model.up_blocks] == names
-    for block, name in zip(model.up_blocks, names, strict=True):
-        assert type(block) is not getattr(unet_2d_blocks, name)
+    assert all(isinstance(block, _diffusers_blocks._ReadsSkips) for block in model.up_blocks)
     again = pickle.loads(pickle.dumps(model.up_blocks))
     assert [type(block) for block in again] == [type(block) for block in model.up_blocks]
 
