@@ -60,10 +60,11 @@ class Record(TorchDispatchMode):
         self._numbers = WeakTensorKeyDictionary()  # nothing is kept alive for longer than the call does
         self._once = once
         self._made: dict[int, Tensor] = {}  # by `once`
+        self._versions: dict[int, int] = {}  # of these and the inputs, before the call
         self._calls: list[_Call] = []
+        self._inputs = inputs
         for tensor in inputs:
-            self._new_number(tensor)
-        self._inputs = len(inputs)
+            self._versions[self._new_number(tensor)] = tensor._version
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -89,8 +90,11 @@ class Record(TorchDispatchMode):
 
     def program(self, result: Any) -> Program:
         """What repeats the call that has given this result."""
+        for number, tensor in (*enumerate(self._inputs), *self._made.items()):
+            if tensor._version != self._versions[number]:
+                raise NotRecorded("it writes to its arguments, or to what is made of them once")
         leaves, spec = tree_flatten(result)
-        return Program(self._inputs, self._made, self._calls, [*map(self._replaced, leaves)], spec)
+        return Program(len(self._inputs), self._made, self._calls, [*map(self._replaced, leaves)], spec)
 
     def _depends(self, value: Any) -> bool:
         """Whether a tensor, or any in a structure, is another one in every call."""
@@ -106,7 +110,7 @@ class Record(TorchDispatchMode):
         number = self._numbers.get(value)
         if number is None and self._once.knows(value):
             number = self._new_number(value)
-            self._made[number] = value
+            self._made[number], self._versions[number] = value, value._version
         return value if number is None else _Value(number)
 
     def _number_of(self, tensor: Tensor) -> int:

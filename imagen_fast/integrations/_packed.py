@@ -403,6 +403,8 @@ def packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
     dtype = weight.dtype if dtype is None else dtype
     if isinstance(layer, nn.Conv2d) and dtype in (torch.bfloat16, torch.float16) and _can_transform(layer):
         return _conv3x3.transformed_bytes(layer.in_channels, layer.out_channels)
+    if dtype == torch.bfloat16 and (isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)):
+        return _product.packed_bytes(weight.shape[0], weight.shape[1])
     return weight.numel() * dtype.itemsize
 
 

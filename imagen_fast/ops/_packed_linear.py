@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _native
 from ..layout import rows
 
+_PANEL = 64  # columns that lie together
 _MOST_TERMS = 4096  # of a panel that stays in a second cache of 1 MiB, beside the rows that it meets
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
@@ -62,6 +63,11 @@ def is_faster(weight: Tensor) -> bool:
         and _native.cpu_capability() == "avx512_bf16"
         and _native.matrix_tiles() != "hardware"
     )
+
+
+def packed_bytes(columns: int, terms: int) -> int:
+    """What a packed weight takes: whole panels."""
+    return -(-columns // _PANEL) * _PANEL * terms * torch.bfloat16.itemsize
 
 
 def pack(weight: Tensor) -> Panels:

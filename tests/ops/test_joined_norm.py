@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,23 +9,9 @@ from torch import Tensor
 from imagen_fast import _native, ops
 from imagen_fast.ops._joined_norm import joined_group_norm_act
 
-from .test_packed_linear import CAPABILITIES
-
 pytestmark = pytest.mark.skipif(_native.unavailable_reason() is not None, reason="the C++ library is not built here")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = _native.cpu_capability()
-    if CAPABILITIES.index(request.param) > CAPABILITIES.index(best):
-        pytest.skip(f"this machine has no {request.param}")
-    _native.set_cpu_capability(request.param)
-    _native.poison_outputs(True)
-    yield request.param
-    _native.poison_outputs(False)
-    _native.set_cpu_capability(best)
 
 
 def picture(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

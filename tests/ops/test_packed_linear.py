@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,26 +11,9 @@ from imagen_fast import _native
 from imagen_fast.ops import _packed_linear
 from imagen_fast.testing import assert_as_accurate
 
+from .conftest import CAPABILITIES
+
 pytestmark = pytest.mark.skipif(_native.unavailable_reason() is not None, reason="the C++ library is not built here")
-
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    _native.poison_outputs(True)
-    yield
-    _native.poison_outputs(False)
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = _native.cpu_capability()
-    if CAPABILITIES.index(request.param) > CAPABILITIES.index(best):
-        pytest.skip(f"this machine has no {request.param}")
-    _native.set_cpu_capability(request.param)
-    yield request.param
-    _native.set_cpu_capability(best)
 
 
 def random(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
