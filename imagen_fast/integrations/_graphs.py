@@ -1,12 +1,8 @@
 """CUDA graphs of a function of tensors: one for each kind of call, recorded once and replayed on new values.
 
 A graph repeats the launches of one call, with the addresses that they had. So inputs are copied into tensors of its
-own, and results are copied out; a kind of call is told by everything else that the launches depend on: shapes,
-strides, dtypes, devices, arguments that are no tensors, and the settings of PyTorch and of this package. What the
-function reads besides its inputs (weights, attributes of modules) is the caller's to watch: see `_watched`.
-
-A kind is recorded when it is met for the second time, so that what is called once never pays for a graph. What cannot
-be recorded runs as it is, for a reason that is logged once and kept for the report.
+own, and results are copied out; everything else that the launches depend on tells the kind of a call (`_calls`). What
+the function reads besides its inputs (weights, attributes of modules) is the caller's to watch: see `_watched`.
 
 A function whose results are its own next arguments can be repeated (`GraphPool.repeat`): the graph then ends with
 writing its results where it reads its arguments, so that it is replayed again and again with nothing in between.
@@ -16,11 +12,9 @@ What records is given (`_recorders`), so nothing here needs a device.
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,96 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import backends
+from ._calls import PLAIN, Around, Call, NotRecorded, Pool, settings
 from ._kept import Seen, can_be_seen, outside_inference
 from ._once import Once, active, once_of_graph
-from ._operators import NotRecorded
 from ._recorders import Recorder, Recording
-
-logger = logging.getLogger("imagen_fast")
-
-_KINDS = 64  # of calls that are remembered without a graph
-PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
-
-
-# ---- Calls
-
-
-class Constant:
-    """Base of arguments without a state, of which all of one class are alike."""
-
-
-@dataclass
-class Call:
-    """Arguments, taken apart: what tells a kind of call, and the tensors.
-
-    Raises:
-        NotRecorded: a call with such arguments cannot be recorded.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor] = field(default_factory=list)
-    kind: Hashable = None
-
-    def __post_init__(self) -> None:
-        self.kind = self._kind((self.args, self.kwargs))
-
-    def _kind(self, value: Any) -> Hashable:
-        if isinstance(value, Tensor):
-            if type(value) is not Tensor or value.layout != torch.strided:
-                raise NotRecorded(f"an argument is a {type(value).__name__}, not a plain tensor")
-            self.tensors.append(value)
-            return value.shape, value.stride(), value.dtype, value.device, can_be_seen(value)
-        if isinstance(value, PLAIN):
-            return type(value), value
-        if isinstance(value, Constant):
-            return type(value).__qualname__
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return "dict", *((key, self._kind(item)) for key, item in value.items())
-        if isinstance(value, list | tuple) and type(value) in (list, tuple):
-            return type(value), *map(self._kind, value)
-        raise NotRecorded(f"an argument is a {type(value).__name__}")
-
-    def device(self) -> torch.device:
-        """Where all of its tensors are."""
-        devices = {tensor.device for tensor in self.tensors}
-        if len(devices) != 1:
-            raise NotRecorded("its arguments are on several devices" if devices else "it has no tensors as arguments")
-        return devices.pop()
-
-    def on(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments with other tensors."""
-        remaining = iter(tensors)
-
-        def rebuilt(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return next(remaining)
-            if isinstance(value, dict):
-                return {key: rebuilt(item) for key, item in value.items()}
-            return type(value)(map(rebuilt, value)) if isinstance(value, list | tuple) else value
-
-        return rebuilt(self.args), rebuilt(self.kwargs)
-
-
-def settings() -> Hashable:
-    """Of PyTorch and this package: what the choice of kernels depends on besides the call."""
-    return (
-        backends.forced(),
-        torch._C._get_mkldnn_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.get_default_dtype(),
-        torch.backends.cudnn.enabled,
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-    )
 
 
 @dataclass
@@ -128,9 +36,6 @@ class _Graph:
     recording: Recording
     seen: dict[int, Seen] = field(default_factory=dict)  # of the inputs that `once` has made something of
     running: bool = False  # what it was replayed on is still needed, though the caller's code may run
-
-
-Around = Callable[[], AbstractContextManager[Any]]
 
 
 # ---- The pool
@@ -150,7 +55,7 @@ class _Apart(threading.local):
             self.calls = before
 
 
-class GraphPool:
+class GraphPool(Pool[_Graph]):
     """The graphs of one function, the least recently used of which go first.
 
     Calls from several threads and streams take turns: graphs share their memory.
@@ -160,32 +65,16 @@ class GraphPool:
         recorder: what records.
         limit: the most graphs.
 
-    Attributes:
-        pads: whether calls should be padded, so that a graph serves more of them.
-        lock: held while a graph is recorded, filled, replayed and read.
-        reasons: why calls ran without a graph.
-        recorded, replayed: how often that was done.
+    The lock is held while a graph is recorded, filled, replayed and read.
     """
 
+    record_name = "a CUDA graph"
     pads = True
 
     def __init__(self, name: str, recorder: Recorder, limit: int) -> None:
-        self.name, self.recorder, self.limit = name, recorder, limit
-        self.reasons: list[str] = []
-        self.recorded = self.replayed = 0
-        self._unused = 0  # graphs recorded since one has been used again
-        self.lock = threading.RLock()
+        super().__init__(name, limit)
+        self.recorder = recorder
         self._apart = _Apart()
-        self.clear()
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    def clear(self) -> None:
-        """Drop all graphs, and what is known of kinds of calls."""
-        with self.lock:
-            self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-            self._met: OrderedDict[Hashable, bool] = OrderedDict()  # whether a graph may be made at the next call
 
     def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a tensor among the arguments is on a device that the recorder is for."""
@@ -209,13 +98,10 @@ class GraphPool:
             function, args, kwargs: the call.
             around: entered where a part of the function is computed again beside its graph, see `Once`.
         """
-        try:
-            call = Call(args, kwargs)
-            device = call.device()
-        except NotRecorded as reason:
-            self.note(str(reason))
+        call = self._taken_apart(args, kwargs)
+        if call is None:
             return function(*args, **kwargs)
-        kind = (call.kind, settings())
+        device, kind = call.device, (call.kind, settings())
         with self.lock:
             graph = self._graph(kind, partial(self._record, function, call, device), device)
             if graph is not None:
@@ -255,13 +141,9 @@ class GraphPool:
         done = 0
         while done < times:
             coming = False  # whether the next call of the kind is recorded
-            try:
-                call = Call((tuple(state), inputs), {})
-                device = call.device()
-            except NotRecorded as reason:
-                self.note(str(reason))
-            else:
-                key = ("repeated", kind, together, call.kind, settings())
+            call = self._taken_apart((tuple(state), inputs), {})
+            if call is not None:
+                device, key = call.device, ("repeated", kind, together, call.kind, settings())
                 with self.lock:
                     record = partial(self._record_loop, function, type(state), call, device, together)
                     graph = self._graph(key, record, device)
@@ -278,48 +160,22 @@ class GraphPool:
                     return state, done
         return state, done
 
-    def note(self, reason: str, level: int = logging.INFO) -> None:
-        """Log once that a call ran without a graph, and keep the reason."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-            logger.log(level, "%s runs without a CUDA graph: %s", self.name, reason)
-
-    def _is_due(self, kind: Hashable) -> bool:
-        due = self._met.get(kind)
-        if due is None:
-            self._met[kind] = True
-            if len(self._met) > _KINDS:
-                self._met.popitem(last=False)
-        return due is True and self._may_record(kind)
-
-    def _may_record(self, kind: Hashable) -> bool:
-        return self._met.get(kind, False) and self._unused < 2 * self.limit
-
     def _graph(self, kind: Hashable, record: Callable[[], _Graph], device: torch.device) -> _Graph | None:
         """That of a kind, recorded if it is due; None if it is not, or cannot be."""
-        graph = self._graphs.get(kind)
+        graph = self._found(kind)
         if graph is not None:
             self._unused = 0
-            self._graphs.move_to_end(kind)
             return graph
-        return self._new(kind, record, device) if self._is_due(kind) else None
-
-    def _new(self, kind: Hashable, record: Callable[[], _Graph], device: torch.device) -> _Graph | None:
-        while len(self._graphs) >= self.limit:
-            self._graphs.popitem(last=False)
+        if not self._is_due(kind):
+            return None
+        self._make_room()
         try:
             with self.recorder.in_order(device):
                 graph = record()
         except Exception as error:  # whatever it is, the call itself may work, or raises it again
-            self._met[kind] = False
-            reason = str(error) if isinstance(error, NotRecorded) else f"{type(error).__name__}: {error}"
-            self.note(reason, logging.INFO if isinstance(error, NotRecorded) else logging.WARNING)
+            self._note_failure(error)
             return None
-        self._graphs[kind] = graph
-        self.recorded += 1
-        self._unused += 1
-        if self._unused == 2 * self.limit:
-            self.note(f"{self._unused} graphs were recorded, and none was used again", logging.WARNING)
+        self._keep(kind, graph, self._records)
         return graph
 
     def _record(self, function: Callable[..., Any], call: Call, device: torch.device) -> _Graph:
@@ -389,7 +245,7 @@ class GraphPool:
                 if not isinstance(leaf, (Tensor, *PLAIN)):
                     raise NotRecorded(f"its result holds a {type(leaf).__name__}")
             del result
-            beside = next((g.recording for g in self._graphs.values() if g.inputs[0].device == device), None)
+            beside = next((g.recording for g in self._records.values() if g.inputs[0].device == device), None)
             recording = self.recorder.record(recorded, device, beside)
         seen = {number: Seen(call.tensors[number]) for number in once.roots}
         return _Graph(inputs, once, recording, seen)

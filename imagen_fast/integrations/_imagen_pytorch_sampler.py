@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import ops
 from ..diffusion import DynamicThreshold, Guidance, StepTable
 from ..diffusion.coefficients import empty_row, x0_coefficients
+from ._calls import Constant
 from ._fused import FusedMethod, is_plain
-from ._graphs import Constant
 
 _SMALLEST_VARIANCE = 1e-20  # the library clamps here before taking the logarithm
 _SMALLEST_ALPHA = 1e-8  # and here before dividing by it

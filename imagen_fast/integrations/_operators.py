@@ -20,12 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._calls import NotRecorded
 from ._kept import recording_mode
 from ._once import Once
-
-
-class NotRecorded(Exception):
-    """Why a call cannot be repeated from a record."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """On the CPU, what graphs are on devices: calls of a function of tensors that are repeated without its Python.
 
-A kind of call (see `_graphs.Call`) is recorded when it is met for the second time, as a list of operators
+A kind of call (see `_calls`) is recorded when it is met for the second time, as a list of operators
 (`_operators`). At the third time it is called and repeated, and from then on repeated if both gave the same numbers.
 So a function that looks at numbers where no operator tells is found out, as long as these numbers matter. Random
 numbers are drawn anew by every repetition, as by the call.
@@ -21,14 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ._graphs import PLAIN, Around, Call, settings
+from ._calls import PLAIN, Around, Call, NotRecorded, Pool, settings
 from ._kept import outside_inference, same_numbers
 from ._once import Once, active, once_of_graph
-from ._operators import NotRecorded, Program, recording
-
-logger = logging.getLogger("imagen_fast")
-
-_KINDS = 64  # of calls that are remembered without a record
+from ._operators import Program, recording
 
 
 class _Replay:
@@ -64,38 +60,14 @@ class _Replay:
         return _copied(result)
 
 
-class ReplayPool:
-    """The records of one function, the least recently used of which go first.
+class ReplayPool(Pool[_Replay]):
+    """The records of one function on the CPU.
 
-    Args:
-        name: what the function is, for messages.
-        limit: the most records.
-
-    Attributes:
-        pads: as of `GraphPool`; a record is made soon, and padding would have to be computed.
-        lock: held while records are looked up or replaced.
-        reasons: why calls ran as they are.
-        recorded, replayed: how often that was done.
+    Nothing is padded: a record is made soon, and padding would have to be computed.
     """
 
+    record_name = "a record of its operators"
     pads = False
-
-    def __init__(self, name: str, limit: int) -> None:
-        self.name, self.limit = name, limit
-        self.reasons: list[str] = []
-        self.recorded = self.replayed = 0
-        self._unused = 0  # recorded since one has been used again
-        self.lock = threading.RLock()
-        self.clear()
-
-    def __len__(self) -> int:
-        return len(self._replays)
-
-    def clear(self) -> None:
-        """Drop all records, and what is known of kinds of calls."""
-        with self.lock:
-            self._replays: OrderedDict[Hashable, _Replay] = OrderedDict()
-            self._met: OrderedDict[Hashable, bool] = OrderedDict()  # whether a record may be made at the next call
 
     def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether all tensors among the arguments are on the CPU, and the call is no part of one that is recorded."""
@@ -115,19 +87,13 @@ class ReplayPool:
             function, args, kwargs: the call.
             around: entered where a part of the function is computed again beside its record, see `Once`.
         """
-        try:
-            call = Call(args, kwargs)
-            call.device()
-        except NotRecorded as reason:
-            self.note(str(reason))
+        call = self._taken_apart(args, kwargs)
+        if call is None:
             return function(*args, **kwargs)
         kind = (call.kind, settings())
         with self.lock:
-            replay = self._replays.get(kind)
-            if replay is not None:
-                self._replays.move_to_end(kind)
+            replay, replays = self._found(kind), self._records
             is_due = replay is None and self._is_due(kind)
-            replays = self._replays
         if is_due:
             return self._record(kind, function, call, replays)
         if replay is None or not replay.lock.acquire(blocking=False):  # another thread is using it
@@ -141,22 +107,6 @@ class ReplayPool:
         finally:
             replay.lock.release()
 
-    def note(self, reason: str, level: int = logging.INFO) -> None:
-        """Log once that a call ran as it is, and keep the reason."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-            logger.log(level, "%s runs without a record of its operators: %s", self.name, reason)
-
-    def _is_due(self, kind: Hashable) -> bool:
-        due = self._met.get(kind)
-        if due is None:
-            self._met[kind] = True
-            if len(self._met) > _KINDS:
-                self._met.popitem(last=False)
-        elif due:
-            self._met[kind] = False  # not by another thread as well
-        return due is True and self._unused < 2 * self.limit
-
     def _record(
         self, kind: Hashable, function: Callable[..., Any], call: Call, replays: OrderedDict[Hashable, _Replay]
     ) -> Any:
@@ -166,18 +116,11 @@ class ReplayPool:
             result, replay = self._recorded(function, call)
         except Exception as error:  # whatever it is, the call itself may work, or raises it again
             torch.set_rng_state(random)
-            reason = str(error) if isinstance(error, NotRecorded) else f"{type(error).__name__}: {error}"
-            self.note(reason, logging.INFO if isinstance(error, NotRecorded) else logging.WARNING)
+            self._note_failure(error)
             return function(*call.args, **call.kwargs)
         with self.lock:
-            replays[kind] = replay  # nobody's any more, if they have been cleared meanwhile
-            if len(replays) > self.limit:
-                replays.popitem(last=False)
-            self._met[kind] = True  # if it has to go
-        self.recorded += 1
-        self._unused += 1
-        if self._unused == 2 * self.limit:
-            self.note(f"{self._unused} calls were recorded, and none was repeated", logging.WARNING)
+            self._make_room()
+            self._keep(kind, replay, replays)
         return _copied(result)
 
     def _recorded(self, function: Callable[..., Any], call: Call) -> tuple[Any, _Replay]:
@@ -201,7 +144,7 @@ class ReplayPool:
             found = replay.run(call, around)
             replay.is_checked = _is_same(found, result) and torch.equal(torch.get_rng_state(), after)
         except Exception as error:
-            self.note(f"{type(error).__name__}: {error}", logging.WARNING)
+            self._note_failure(error)
         else:
             if not replay.is_checked:
                 self.note("when repeated, its operators gave other numbers than the call", logging.WARNING)
@@ -209,7 +152,7 @@ class ReplayPool:
             torch.set_rng_state(after)
         if not replay.is_checked:
             with self.lock:
-                self._replays.pop(kind, None)
+                self._records.pop(kind, None)
                 self._met[kind] = False
         return result
 

@@ -56,7 +56,7 @@ def test_a_prompt_is_projected_once_beside_the_graph(recorder: OperatorRecorder,
     text = normal(2, 5, 24, seed=100)
     for step in range(3):
         assert torch.equal(denoise(ours, text, step), denoise(plain, text, step))
-    (graph,) = pool_of(ours)._graphs.values()
+    (graph,) = pool_of(ours)._records.values()
     assert len(graph.once._made) >= 4  # the projection, the pooling, and two blocks' keys and values
     made = [result for _, result in graph.once._made.values() if isinstance(result, Tensor)]
     versions = [tensor._version for tensor in made]

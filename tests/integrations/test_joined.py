@@ -334,7 +334,7 @@ def test_a_graph_reads_the_copy_as_long_as_it_is_replayed(products: list[int], m
     for _ in range(4):
         torch.testing.assert_close(run(model, inputs), run(plain, inputs), rtol=1e-4, atol=1e-5)
     assert (forward.pool.recorded, forward.pool.replayed) == (1, 3)
-    (graph,) = forward.pool._graphs.values()
+    (graph,) = forward.pool._records.values()
     assert sum(isinstance(held, Joined) for held in graph.once._held) >= 4
     for each in (model, plain):
         with torch.no_grad():

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imagen_fast
+from imagen_fast.integrations._calls import NotRecorded
 from imagen_fast.integrations._once import Once
-from imagen_fast.integrations._operators import NotRecorded, Program, recording
+from imagen_fast.integrations._operators import Program, recording
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

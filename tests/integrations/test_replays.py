@@ -98,7 +98,7 @@ def test_records_that_are_never_used_are_given_up(pool: ReplayPool, caplog: pyte
             assert torch.equal(call(pool, torch.neg, torch.ones(size)), -torch.ones(size))
     assert pool.recorded == 4
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "none was repeated" in caplog.text
+    assert "none was used again" in caplog.text
 
 
 def _writing(x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_a_record_of_what_has_changed_meanwhile_is_dropped(pool: ReplayPool) -> 
 def test_threads_do_not_wait_for_each_other(pool: ReplayPool) -> None:
     for seed in range(3):
         call(pool, torch.exp, normal(3, seed=seed))
-    (replay,) = pool._replays.values()
+    (replay,) = pool._records.values()
     with replay.lock:  # as if another thread were in it
         assert torch.equal(call(pool, torch.exp, torch.ones(3)), torch.ones(3).exp())
     assert pool.replayed == 0
