@@ -151,6 +151,31 @@ def test_what_is_made_once_is_not_written_to(pool: ReplayPool) -> None:
     assert pool.recorded == 0
 
 
+def test_a_record_that_fails_its_check_leaves_the_generator_alone(pool: ReplayPool) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x + torch.rand(1 + int(x.numpy()[0])).sum()  # how many are drawn no operator tells
+
+    for number in range(4):
+        x = torch.full((3,), float(number))
+        torch.manual_seed(0)
+        found = call(pool, function, x)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        assert torch.equal(found, function(x))
+        assert torch.equal(state, torch.get_rng_state())
+    assert pool.replayed == 0
+
+
+def test_what_depends_on_more_than_the_inputs_is_part_of_the_record(pool: ReplayPool) -> None:
+    def function(x: Tensor) -> Tensor:
+        y, once = x + 1, once_of_graph()
+        return y * 2 if once is None else once.of("text", [y], lambda: y * 2)
+
+    for seed in range(5):
+        assert torch.equal(call(pool, function, normal(3, seed=seed)), (normal(3, seed=seed) + 1) * 2)
+    assert pool.replayed == 2
+
+
 def test_a_look_at_numbers_that_no_operator_tells_is_found_out(
     pool: ReplayPool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,6 +267,19 @@ def test_a_unet(options: dict[str, Any]) -> None:
             assert found.is_inference()
     assert (replays_of(model).recorded, replays_of(model).replayed) == (2, 3)
     assert replays_of(model).reasons == []
+
+
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_a_text_with_another_mask_is_another_text(graphs: str) -> None:
+    model = build()
+    imagen_fast.accelerate(model, graphs=graphs)
+    found = []
+    for step in range(8):
+        given = {**inputs(0), "text_mask": torch.arange(5).expand(2, 5) < (2 if step % 2 else 4)}
+        with torch.no_grad():
+            found.append(model(**given))
+            assert torch.equal(found[-1], copy.deepcopy(model)(**given))
+    assert not torch.equal(found[-1], found[-2])
 
 
 def test_an_efficient_unet() -> None:
