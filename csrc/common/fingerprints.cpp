@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../common/tensor.h"
+#include "tensor.h"
 
 namespace imagen_fast {
 namespace {
