@@ -17,20 +17,11 @@ from imagen_fast.integrations import _converted, _fused, _kept, _packed
 from imagen_fast.ops import _conv3x3
 from imagen_fast.testing import assert_model_as_accurate
 
+from .integrations.unet_configs import SD
+
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
 
-CONFIG = {
-    "sample_size": 16,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "block_out_channels": (32, 64),
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 2,
-}
+CONFIG = {**SD, "sample_size": 16, "block_out_channels": (32, 64), "in_channels": 4, "out_channels": 4}
 
 
 def build(dtype: torch.dtype = torch.float32) -> Any:

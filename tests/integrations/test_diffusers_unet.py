@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import imagen_fast
 from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate
 
-from .unet_configs import IF
+from .unet_configs import IF, SD
 
 diffusers = pytest.importorskip("diffusers", reason="the diffusers that fits needs Python 3.11")
 
@@ -31,15 +31,7 @@ IF_SUPER_RESOLUTION = {
     "resnet_out_scale_factor": 1.414,
     "resnet_skip_time_act": True,
 }
-STABLE_DIFFUSION = {
-    **BLOCKS,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 2,
-}
+STABLE_DIFFUSION = {**SD, **BLOCKS, "in_channels": 4, "out_channels": 4}
 KINDS = {"if": IF_BASE, "if-sr": IF_SUPER_RESOLUTION, "sd": STABLE_DIFFUSION}
 
 

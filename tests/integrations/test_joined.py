@@ -22,20 +22,9 @@ from imagen_fast.integrations._packed import Joined, PackedLinear
 from imagen_fast.models import EfficientUNet, EfficientUNetConfig, T5Config, T5Encoder, UNet, UNetConfig
 
 from .recorder import recording_here
-from .unet_configs import IF
+from .unet_configs import IF, SD
 
-STABLE = {
-    "sample_size": 8,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "block_out_channels": (16, 32),
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 24,
-    "attention_head_dim": 2,
-}
+STABLE = {**SD, "in_channels": 4, "out_channels": 4}
 T5_SIZES = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 
 

@@ -22,7 +22,7 @@ from imagen_fast.integrations._replays import ReplayPool
 from imagen_fast.models import EfficientUNet, EfficientUNetConfig, T5Encoder, UNet
 from imagen_fast.models.t5 import T5Config
 
-from .test_graphs import CHANGES, build, inputs
+from .test_graphs import CHANGES, build, expected, inputs, run
 from .unet_configs import IF
 
 
@@ -238,17 +238,6 @@ def replays_of(model: Any) -> ReplayPool:
     return forward.replays
 
 
-def run(model: nn.Module, seed: int) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs(seed))
-
-
-def called(model: nn.Module, seed: int) -> Tensor:
-    """What the accelerated model computes without a record."""
-    with torch.no_grad():
-        return type(model).forward(model, **inputs(seed))
-
-
 OPTIONS = [{}, {"dtype": torch.bfloat16, "memory_format": torch.channels_last}, {"memory_format": torch.channels_last}]
 
 
@@ -387,7 +376,7 @@ def test_after_a_call_with_gradients_everything_is_recorded_anew() -> None:
     assert len(replays_of(model)) == 0
     with torch.no_grad():
         model.conv_in.weight.data[0, 0, 0, 1] += 1  # of which nothing is compared
-    assert torch.equal(run(model, 1), called(model, 1))
+    assert torch.equal(run(model, 1), expected(model, 1))
 
 
 @pytest.mark.parametrize("how", ["hook", "forward", "global", "gradients", "eager", "autocast", "mode", "own class"])
@@ -451,7 +440,7 @@ def test_another_class_or_forward_is_seen(how: str, monkeypatch: pytest.MonkeyPa
     else:
         forward = nn.SiLU.forward
         monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: calls.append(1) or forward(self, x))
-    assert torch.equal(run(model, 5), called(model, 5))
+    assert torch.equal(run(model, 5), expected(model, 5))
     assert replays_of(model).replayed == 1
     assert bool(calls) == (how != "class")
 
@@ -461,7 +450,7 @@ def test_a_model_that_changes_at_every_call_is_not_watched_for_ever() -> None:
     imagen_fast.accelerate(model)
     for seed in range(20):
         model.norm_out.eps = 1e-5 * (seed + 1)
-        assert torch.equal(run(model, seed), called(model, seed))
+        assert torch.equal(run(model, seed), expected(model, seed))
     assert any("from call to call" in reason for reason in replays_of(model).reasons)
     imagen_fast.invalidate(model)
     for seed in range(4):
@@ -481,7 +470,7 @@ def test_copies_make_records_of_their_own(copied: Callable[[UNet], UNet]) -> Non
     assert len(replays_of(other)) == 0
     for seed in range(4):
         assert not torch.equal(run(other, seed), run(model, seed))
-        assert torch.equal(run(other, seed), called(other, seed))
+        assert torch.equal(run(other, seed), expected(other, seed))
 
 
 def test_a_cascade_draws_the_same_pictures_as_without() -> None:
