@@ -13,6 +13,7 @@ would compile it at that launch, for the architecture that the launcher has plan
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import itertools
@@ -21,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +37,7 @@ from kernel_resources import Kernels, Resources
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 import imagen_fast
 from imagen_fast import _triton, backends
@@ -138,6 +141,7 @@ def compile_all(
     run = next(_RUNS)
     with (
         triton_known.recalled(known or {}, but),
+        parsing_one_at_a_time(),
         ThreadPoolExecutor(os.cpu_count()) as threads,
         triton.AsyncCompileMode(threads),
     ):
@@ -150,6 +154,20 @@ def compile_all(
                         label = f"{launch.kernel.__name__.removesuffix('_kernel')}, {name}"
                         found.setdefault(id(kernel), Compiled(label, architecture, kernel))
     return list(found.values())
+
+
+@contextlib.contextmanager
+def parsing_one_at_a_time() -> Iterator[None]:
+    """While Python 3.11 makes one syntax tree, another thread that makes one has both refused ("AST constructor
+    recursion depth mismatch"), as the depth is counted for all threads together."""
+    parse, lock = JITFunction.parse, threading.RLock()
+
+    def parse_alone(self: JITFunction[Any]) -> ast.Module:
+        with lock:
+            return parse(self)
+
+    with mock.patch.object(JITFunction, "parse", parse_alone):
+        yield
 
 
 def _differentiate(outputs: Any) -> None:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ import kernel_resources
 import triton_known
 import triton_resources
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 from triton_resources import OPS, TABLES, Compiled, compile_all
 
 WRITE = "python tools/triton_resources.py --write"
@@ -67,6 +69,23 @@ def test_an_op_is_compiled_for_every_architecture(op: str, record_property: Call
         where = f"add calls to tests/triton/calls/{op}.py"
         assert any(pointers), f"no kernel of 16-bit numbers is compiled for {architecture}: {where}"
         assert not all(pointers), f"no kernel of 32-bit numbers is compiled for {architecture}: {where}"
+
+
+def test_syntax_trees_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most = 0, 0
+
+    def slow_parse(self: object) -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+
+    monkeypatch.setattr(JITFunction, "parse", slow_parse)
+    function = JITFunction(slow_parse)
+    with triton_resources.parsing_one_at_a_time(), ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: function.parse(), range(4)))
+    assert most == 1
 
 
 def test_no_kernel_is_left_out() -> None:
