@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,14 +42,26 @@ class Accuracy(NamedTuple):
 def results(
     case: Case,
     function: Function,
-    values: dict[str, Any],
+    inputs: Sequence[dict[str, Any]],
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     upstream: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The outputs of `function` on `values`, and the gradients where the case has a backward, by name.
+    """The outputs of `function` on all `inputs`, one after another, and the gradients where the case has a backward,
+    by name.
 
     `upstream` are the gradients of the outputs; without them they are random, and the same for every function.
     """
+    found = [_results(case, function, values, context, upstream) for values in inputs]
+    return found[0] if len(found) == 1 else {name: torch.cat([each[name] for each in found]) for name in found[0]}
+
+
+def _results(
+    case: Case,
+    function: Function,
+    values: dict[str, Any],
+    context: Callable[[], AbstractContextManager[Any]],
+    upstream: list[Tensor] | None,
+) -> dict[str, Tensor]:
     with context(), torch.set_grad_enabled(case.direction != "forward"):
         outputs = tensors(function(**values))
         named = {f"output {i}" if i else "output": output.detach() for i, output in enumerate(outputs)}
@@ -60,29 +72,32 @@ def results(
     return named
 
 
-def truth(case: Case, values: dict[str, Any]) -> Truth:
+def truth(case: Case, inputs: Sequence[dict[str, Any]]) -> Truth:
     """The case's truth in float64 on the inputs as they are, and eager PyTorch's result in their dtype."""
-    exact = {
-        name: value.detach().double().requires_grad_(value.requires_grad)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in values.items()
-    }
+    exact = [{name: _exact(value) for name, value in values.items()} for values in inputs]
     # Rounded to the dtype of the case first, as every implementation gets them.
     upstream = None
     if case.direction != "forward":
-        upstream = [gradient.double() for gradient in output_gradients(case.eager(**values))]
-    return Truth(results(case, case.truth, exact, upstream=upstream), results(case, case.eager, values))
+        upstream = [gradient.double() for gradient in output_gradients(case.eager(**inputs[0]))]
+    return Truth(results(case, case.truth, exact, upstream=upstream), results(case, case.eager, inputs))
 
 
-def accuracy(ours: dict[str, Tensor], against: Truth, whole_model: bool = False) -> Accuracy:
-    """Hold every output and gradient to the rule: of one op, or of a whole model.
+def _exact(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def accuracy(case: Case, ours: dict[str, Tensor], against: Truth) -> Accuracy:
+    """Hold every output and gradient to the rule: of one op, of a whole model, or of a model that samples.
 
     Raises:
         AssertionError: one of them is less accurate than eager PyTorch allows.
     """
     rule, errors = testing.assert_as_accurate, testing.largest_error
-    if whole_model:
+    if case.samples_checked:
+        rule, errors = testing.assert_sampling_as_accurate, testing.sampling_error
+    elif case.apart:
         rule, errors = testing.assert_model_as_accurate, testing.model_error
     worst = Accuracy("", 0.0, 0.0)
     for name, value in ours.items():
@@ -94,9 +109,11 @@ def accuracy(ours: dict[str, Tensor], against: Truth, whole_model: bool = False)
     return worst
 
 
-def error(value: Tensor, exact: Tensor, whole_model: bool = False) -> float:
-    """The largest error relative to the truth's largest magnitude; of a model both in the 2-norm."""
-    if whole_model:
-        return testing.model_error(value.detach(), value.detach(), exact)[0]
+def error(case: Case, value: Tensor, exact: Tensor) -> float:
+    """The largest error relative to the truth's largest magnitude; of a model both in the 2-norm, and of one that
+    samples the geometric mean over the samples."""
+    if case.apart:
+        errors = testing.sampling_error if case.samples_checked else testing.model_error
+        return errors(value.detach(), value.detach(), exact)[0]
     size = exact.abs().max().item() if exact.numel() else 0.0
     return (value.detach().double() - exact).abs().max().item() / size if size else 0.0

@@ -206,12 +206,12 @@ def _prepare(case: Case, request: dict[str, Any], settings: Settings) -> tuple[R
     is_ours = request["peer"] == OURS
     peer = case.apart if is_ours else case.peer(request["peer"])
     assert peer is not None
-    values = case.make_inputs(0, settings.device)
-    prepared = prepare_variant(case, peer, request["variant"], values, truth)
+    inputs = case.checked_inputs(settings.device)
+    prepared = prepare_variant(case, peer, request["variant"], inputs, truth)
     accuracy = None
     if is_ours:
-        accuracy = check.accuracy(check.results(case, prepared.function, values), truth, whole_model=True)
-    turns = InTurns(contender(peer.name, case, prepared.function, values), settings, request["turns"])
+        accuracy = check.accuracy(case, check.results(case, prepared.function, inputs), truth)
+    turns = InTurns(contender(peer.name, case, prepared.function, inputs[0]), settings, request["turns"])
     return Ready(prepared.errors, prepared.seconds, accuracy, turns.calls_per_sample), turns
 
 

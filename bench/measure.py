@@ -49,15 +49,16 @@ def measure(
         return measure_apart(case, peers, settings, limits, directory)
     if "torch._dynamo" in sys.modules:  # else earlier cases' compilations make this one's shapes dynamic
         torch._dynamo.reset()
-    values = case.make_inputs(0, settings.device)
-    truth = check.truth(case, values)
+    inputs = case.checked_inputs(settings.device)
+    values = inputs[0]
+    truth = check.truth(case, inputs)
     backends, reasons = usable_backends(case, values)
     failures = [] if backends else [Failure(case.name, "ours", f"no kernel can run it ({reasons})")]
 
     accuracies = {}
     for name, context in backends.items():
         try:
-            accuracies[name] = check.accuracy(check.results(case, case.ours, values, context), truth)
+            accuracies[name] = check.accuracy(case, check.results(case, case.ours, inputs, context), truth)
         except Exception as error:  # a wrong result, or a kernel that fails: one case less, not the end of the run
             failures.append(Failure(case.name, name, f"{type(error).__name__}: {error}"))
     if not accuracies:
@@ -69,7 +70,7 @@ def measure(
     for peer in chosen:
         if not peer.isolated:
             try:
-                prepared[peer.name] = prepare(case, peer, values, truth)
+                prepared[peer.name] = prepare(case, peer, inputs, truth)
             except PeerError as error:
                 failures.append(Failure(case.name, peer.name, str(error)))
                 continue

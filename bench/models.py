@@ -50,13 +50,14 @@ def model_case(
     parts: tuple[str, ...] = (),
     accelerate: Callable[[Any], object] | None = None,
     without: Iterable[str] = (),
+    samples_checked: int = 0,
     needs_gpu: str = "",
     tags: Iterable[str] = (),
 ) -> Case:
     """A case of a model.
 
     Args:
-        op, name, title, shape, dtype, renewed, flops, needs_gpu, tags: as of `Case`. The title has the batch as its
+        op, name, title, shape, dtype, renewed, flops, samples_checked, needs_gpu, tags: as of `Case`. The title has the batch as its
             first factor, "2×": cases that differ in it alone are shown side by side.
         build: makes the model.
         inputs: the inputs by name; floating ones are cast to `dtype`.
@@ -105,6 +106,7 @@ def model_case(
         flops=flops,
         renewed=renewed,
         apart=apart,
+        samples_checked=samples_checked,
         needs_gpu=needs_gpu,
         tags=frozenset(tags),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -42,33 +42,36 @@ class PeerResult:
     preparation: float
 
 
-def prepare(case: Case, peer: Peer, values: dict[str, Any], truth: check.Truth) -> dict[str, Prepared]:
+def prepare(case: Case, peer: Peer, inputs: Sequence[dict[str, Any]], truth: check.Truth) -> dict[str, Prepared]:
     """Build every variant of a peer and measure its errors.
 
     Raises:
         PeerError: a variant cannot be built or run, or computes something else.
     """
-    return {label: prepare_variant(case, peer, label, values, truth) for label in peer.variants}
+    return {label: prepare_variant(case, peer, label, inputs, truth) for label in peer.variants}
 
 
-def prepare_variant(case: Case, peer: Peer, label: str, values: dict[str, Any], truth: check.Truth) -> Prepared:
-    """The same for one variant."""
+def prepare_variant(
+    case: Case, peer: Peer, label: str, inputs: Sequence[dict[str, Any]], truth: check.Truth
+) -> Prepared:
+    """The same for one variant. Its preparation lasts until it has a result for the first inputs."""
     try:
         peer.load()
         start = time.perf_counter()
         with peer.preparing():
             function = peer.variants[label](case)
-            found = check.results(case, function, values)
+            found = check.results(case, function, inputs[:1])
         seconds = time.perf_counter() - start
+        if len(inputs) > 1:
+            found = check.results(case, function, inputs)
     except Exception as error:  # compilers and foreign libraries raise what they like
         raise PeerError(f"{peer.name} ({label}): {type(error).__name__}: {_first_line(error)}") from error
     for name, exact in truth.truth.items():
         if name not in found or found[name].shape != exact.shape:
             raise PeerError(f"{peer.name} ({label}) does not compute the same thing: {name} is missing or differs")
-    whole_model = case.apart is not None
-    errors = {name: check.error(found[name], exact, whole_model) for name, exact in truth.truth.items()}
+    errors = {name: check.error(case, found[name], exact) for name, exact in truth.truth.items()}
     for name, error in errors.items():
-        computed_in = case.dtype if whole_model else found[name].dtype  # a cascade's pictures are sampled in float32
+        computed_in = case.dtype if case.apart else found[name].dtype  # a cascade's pictures are sampled in float32
         if not error <= _wrong(computed_in):  # NaN is wrong too
             raise PeerError(
                 f"{peer.name} ({label}) does not compute the same thing: {name} is off by {error:.2g}, relatively"

@@ -76,6 +76,8 @@ class Case:
         apart: of a whole model, ours as a contender in a process of its own. Every variant of every peer is in one,
             too; they take turns, the time to the first result and the memory of each are recorded, and errors are
             those of `testing.assert_model_as_accurate`.
+        samples_checked: of a whole model that samples in a loop, at least how many samples it is held to; errors are
+            those of `testing.assert_sampling_as_accurate`.
         needs_gpu: why it is not run on a CPU, if so.
         tags: "headline" (the cases a README shows), "overhead" (the cost of a call rules), "quick" (a smoke run).
     """
@@ -97,6 +99,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     renewed: tuple[str, ...] = ()
     apart: Peer | None = None
+    samples_checked: int = 0
     needs_gpu: str = ""
     tags: frozenset[str] = field(default_factory=frozenset)
 
@@ -107,6 +110,10 @@ class Case:
             for name in self.differentiable:
                 values[name].requires_grad_()
         return values
+
+    def checked_inputs(self, device: str = "cpu") -> list[dict[str, Any]]:
+        """What results are checked on: the inputs for seed 0, and of a sampling loop for as many seeds as it takes."""
+        return [self.make_inputs(seed, device) for seed in range(max(1, math.ceil(self.samples_checked / self.shape[0])))]
 
     def obstacle(self, device: str) -> str:
         """Why it cannot be run on a type of device; empty if it can."""

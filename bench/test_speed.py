@@ -35,20 +35,21 @@ def _benchmarks() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "peer", "variant"), _benchmarks())
 def test_speed(case: Case, peer: Peer | None, variant: str, benchmark: Any) -> None:
-    values = case.make_inputs(0)
-    truth = check.truth(case, values)
+    inputs = case.checked_inputs()
+    values = inputs[0]
+    truth = check.truth(case, inputs)
     if peer is None:
         backends, reasons = usable_backends(case, values)
         if not backends:
             pytest.skip(reasons)
         name, context = next(iter(backends.items()))
-        check.accuracy(check.results(case, case.ours, values, context), truth, whole_model=case.apart is not None)
+        check.accuracy(case, check.results(case, case.ours, inputs, context), truth)
         timed = contender(name, case, case.ours, values, context)
     else:
         if peer.isolated:
             pytest.skip(f"{peer.name} needs a process of its own")
         alone = dataclasses.replace(peer, variants={variant: peer.variants[variant]})
-        prepared = peers.prepare(case, alone, values, truth)
+        prepared = peers.prepare(case, alone, inputs, truth)
         timed = contender(peer.name, case, prepared[variant].function, values)
 
     benchmark.group = f"{case.op}-{case.name}"

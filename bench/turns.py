@@ -33,7 +33,7 @@ def measure_apart(
     failures: list[Failure] = []
     with contextlib.ExitStack() as stack:
         truth = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagen-fast-bench-"))) / "truth.pt"
-        check.truth(case, case.make_inputs(0, settings.device)).save(truth)
+        check.truth(case, case.checked_inputs(settings.device)).save(truth)
         ready: dict[_Contender, Ready] = {}
         processes: dict[_Contender, Process] = {}
         for contender in ((name, variant) for name, variants in wanted.items() for variant in variants):

@@ -21,6 +21,9 @@ and for a model:
     >>> eager = model(x)
     >>> imagen_fast.accelerate(model)
     >>> assert_model_as_accurate(model(x), eager, truth)
+
+A loop around a model, as in sampling, makes of the same rounding now a small and now a large difference. There it takes
+many samples to tell who is more accurate: `assert_sampling_as_accurate`.
 """
 
 from __future__ import annotations
@@ -35,7 +38,15 @@ from torch import Tensor
 
 from .backends import use_backend
 
-__all__ = ["assert_as_accurate", "assert_model_as_accurate", "assert_op_as_accurate", "largest_error", "model_error"]
+__all__ = [
+    "assert_as_accurate",
+    "assert_model_as_accurate",
+    "assert_op_as_accurate",
+    "assert_sampling_as_accurate",
+    "largest_error",
+    "model_error",
+    "sampling_error",
+]
 
 # How much worse than eager's an error may be: of one op's result, and of a whole model's output.
 _OP_FACTOR = 2.0
@@ -226,6 +237,50 @@ def model_error(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "outp
     size = _rms(truth.where(truth.isfinite(), 0.0)) or 1.0
     our_error, eager_error = _rms(_error(ours64, truth)) / size, _rms(_error(eager64, truth)) / size
     return our_error, _MODEL_FACTOR * eager_error + (_FLOAT64 if ours.dtype == torch.float64 else 0.0)
+
+
+def assert_sampling_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "samples") -> None:
+    """Assert that the relative error of what a model samples is at most 1.5 times that of eager PyTorch, on average.
+
+    Sampling feeds a model's output back to it, so that rounding grows by a factor that differs from sample to sample,
+    by orders of magnitude. The 2-norm over some samples is the error of the worst of them, which may be anybody's. So
+    the average is the geometric mean over the samples of |y - truth| / |truth|, each in the 2-norm over its elements:
+    no sample rules it, and one in eight that is altogether wrong raises it by more than half, of a model in bfloat16.
+    NaN and infinities as in `assert_as_accurate`.
+
+    Args:
+        ours, eager: the samples (B, ...) of the accelerated and of the original model, from the same noise; of one
+            shape, floating dtype and device. B should be 16 or more.
+        truth: the samples of the original model in float64.
+        name: what the samples are called in the message.
+
+    Raises:
+        AssertionError: with both errors.
+        TypeError: `truth` is not float64, or `ours` not floating.
+    """
+    our_error, allowed = sampling_error(ours, eager, truth, name=name)
+    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
+    _check_not_finite(ours64, eager64, truth, name)
+    if our_error > allowed:
+        raise AssertionError(
+            f"{name} are less accurate than the eager model's: relative error {our_error:.3g} in {ours.dtype}, the "
+            f"geometric mean over {len(ours)}; allowed {allowed:.3g}, {_MODEL_FACTOR} times eager's"
+        )
+
+
+def sampling_error(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "samples") -> tuple[float, float]:
+    """The error of `ours`, and the largest that `assert_sampling_as_accurate` allows it, for reports.
+
+    Arguments as for `assert_sampling_as_accurate`. Values that are not finite do not count here.
+    """
+    _check_comparable(ours, eager, truth, name)
+    if not truth.numel():
+        return 0.0, 0.0
+    pairs = [model_error(*sample, name=name) for sample in zip(ours, eager, truth, strict=True)]
+    # Nothing is more exact than float64, and a sample without an error at all would make the mean zero.
+    logarithms = torch.tensor(pairs, dtype=torch.float64).clamp(min=_FLOAT64).log()
+    error, allowed = logarithms.mean(0).exp().tolist()
+    return error, allowed
 
 
 def _check_comparable(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:

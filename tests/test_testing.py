@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from imagen_fast import backends
-from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate, assert_op_as_accurate
+from imagen_fast.testing import (
+    assert_as_accurate,
+    assert_model_as_accurate,
+    assert_op_as_accurate,
+    assert_sampling_as_accurate,
+    sampling_error,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -93,7 +99,7 @@ def test_rejects_three_times_the_error_of_eager() -> None:
         pytest.param(math.nan, math.inf, math.inf, id="nan-for-inf"),
     ],
 )
-@pytest.mark.parametrize("check", [assert_as_accurate, assert_model_as_accurate])
+@pytest.mark.parametrize("check", [assert_as_accurate, assert_model_as_accurate, assert_sampling_as_accurate])
 def test_rejects_what_is_not_finite_in_the_wrong_place(check, ours: float, eager: float, truth: float) -> None:
     results = three_results(torch.float32)
     for result, value in zip(results, (ours, eager, truth), strict=True):
@@ -142,6 +148,7 @@ def test_rejects_another_shape_or_dtype() -> None:
 def test_accepts_empty_results() -> None:
     assert_as_accurate(*three_results(torch.float32, (0, 3)))
     assert_model_as_accurate(*three_results(torch.float32, (0, 3)))
+    assert_sampling_as_accurate(*three_results(torch.float32, (0, 3)))
 
 
 def test_a_model_may_be_half_as_wrong_again_as_eager_and_no_more() -> None:
@@ -151,6 +158,45 @@ def test_a_model_may_be_half_as_wrong_again_as_eager_and_no_more() -> None:
     assert_model_as_accurate(good, eager, truth)
     with pytest.raises(AssertionError, match="relative error"):
         assert_model_as_accurate(bad, eager, truth)
+
+
+class TestAssertSamplingAsAccurate:
+    """Samples whose errors are what they are meant to be, exactly."""
+
+    truth = torch.ones(16, 3, 4, dtype=torch.float64)
+    eager = truth * (1 + 2.0 ** -torch.arange(4, 20).view(-1, 1, 1))
+
+    def test_one_sample_of_a_large_error_is_not_the_rule(self) -> None:
+        ours = self.eager.clone()
+        ours[8] += 2.0**-6  # where eager is off by 2^-12
+        with pytest.raises(AssertionError):
+            assert_model_as_accurate(ours[4:], self.eager[4:], self.truth[4:])
+        assert_sampling_as_accurate(ours[4:], self.eager[4:], self.truth[4:])
+
+    @pytest.mark.parametrize("which", [slice(None), slice(0, 16, 2), slice(1, 16, 2)], ids=["all", "even", "odd"])
+    def test_rejects_samples_that_are_less_accurate(self, which: slice) -> None:
+        ours, worse = self.eager.clone(), self.eager.clone()
+        ours[which] += 0.4 * (self.eager - self.truth)[which]
+        worse[which] += 1.6 * (self.eager - self.truth)[which]
+        assert_sampling_as_accurate(ours, self.eager, self.truth)
+        with pytest.raises(AssertionError, match="samples are less accurate .* geometric mean over 16"):
+            assert_sampling_as_accurate(worse, self.eager, self.truth)
+
+    def test_rejects_a_few_wrong_samples(self) -> None:
+        ours = self.eager.clone()
+        ours[[5, 11]] *= -1
+        with pytest.raises(AssertionError, match="less accurate"):
+            assert_sampling_as_accurate(ours, self.eager, self.truth)
+
+    def test_the_error_is_the_geometric_mean(self) -> None:
+        error, allowed = sampling_error(self.eager, self.eager, self.truth)
+        assert error == pytest.approx(2.0 ** (-sum(range(4, 20)) / 16), rel=1e-9)
+        assert allowed == pytest.approx(1.5 * error)
+
+    def test_a_sample_without_an_error_does_not_excuse_the_others(self) -> None:
+        eager = self.eager.clone()
+        eager[0] = self.truth[0]
+        assert sampling_error(eager, eager, self.truth)[0] > 1e-5
 
 
 class TestAssertOpAsAccurate:

@@ -73,5 +73,6 @@ def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         moved=PARAMETERS * dtype.itemsize,
         variants=MEMORY_FORMATS,
         parts=PARTS,
+        samples_checked=32,
         tags=tags or (),
     )

@@ -11,7 +11,7 @@ from imagen_fast.bench.timing import Settings
 TOY = Path(__file__).parent / "cases"
 SHORT = Settings(seconds=0.005, batch_seconds=1e-4, min_rounds=5, max_rounds=20)
 CASE = registry.load("add_one", TOY)[0]
-TRUTH = check.truth(CASE, CASE.make_inputs(0))
+TRUTH = check.truth(CASE, CASE.checked_inputs())
 
 
 def run(peer: str, **options: float) -> PeerResult:

@@ -76,7 +76,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def truth(case: Case) -> check.Truth:
-    return check.truth(case, case.make_inputs(0))
+    return check.truth(case, case.checked_inputs())
 
 
 def test_the_truth_has_the_noise_of_the_case(truth: check.Truth) -> None:
@@ -85,12 +85,12 @@ def test_the_truth_has_the_noise_of_the_case(truth: check.Truth) -> None:
 
 
 def test_ours_is_as_accurate(case: Case, truth: check.Truth) -> None:
-    found = check.results(case, case.ours, case.make_inputs(0))
-    check.accuracy(found, truth, whole_model=True)
+    found = check.results(case, case.ours, case.checked_inputs())
+    check.accuracy(case, found, truth)
 
 
 def test_eager_computes_the_same(case: Case, truth: check.Truth) -> None:
-    [prepared] = prepare(case, case.peer("eager"), case.make_inputs(0), truth).values()
+    [prepared] = prepare(case, case.peer("eager"), case.checked_inputs(), truth).values()
     assert prepared.errors["output"] < 1e-4
     again = prepared.function(**case.make_inputs(1))
     assert not torch.equal(again, prepared.function(**case.make_inputs(0))), "new prompts and seeds"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,21 @@ def test_renewed_inputs_are_others_at_each_call_and_the_rest_stays() -> None:
     assert len({state["x"].sum().item() for state in (values, *drawn)}) == 4
 
 
+def test_a_sampling_loop_is_held_to_many_samples() -> None:
+    sampled = dataclasses.replace(RIGHT, samples_checked=20)
+    inputs = sampled.checked_inputs()
+    assert [each["x"].shape[0] for each in inputs] == [8, 8, 8]
+    truth = check.truth(sampled, inputs)
+    ours = check.results(sampled, sampled.ours, inputs)
+    assert torch.equal(ours["output"][8:16], RIGHT.ours(**RIGHT.make_inputs(1)))
+    assert check.accuracy(sampled, ours, truth).error <= check.accuracy(sampled, ours, truth).allowed
+    ours["output"][20:] *= 1 + 1e-4  # of the last batch
+    with pytest.raises(AssertionError, match="over 24"):
+        check.accuracy(sampled, ours, truth)
+
+
 def test_the_truth_of_another_process_is_the_same(tmp_path: Path) -> None:
-    truth = check.truth(RIGHT, RIGHT.make_inputs(0))
+    truth = check.truth(RIGHT, RIGHT.checked_inputs())
     truth.save(tmp_path / "truth.pt")
     read = check.Truth.load(tmp_path / "truth.pt")
     assert torch.equal(read.truth["output"], truth.truth["output"])
