@@ -60,8 +60,8 @@ Tensor floats(const Tensor& like, int64_t count) {
 
 float* data_of(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-// Normalised copies of q, k and the context, which the problem refers to instead; kept here as long as kernels are
-// launched.
+// Normalised copies of q, k and the context, which the problem refers to instead in the backward pass, as its kernels
+// read them several times; kept here as long as kernels are launched.
 class Normalized {
  public:
   Normalized(const Problem& p, const Tensor& q, Stream stream, device::Problem* d) {
@@ -111,7 +111,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = empty_in_order_of(q, uninitialized_on);
   Tensor lse = empty_lse(p, q, uninitialized_on);
   if (out.numel() == 0) return {out, lse};
-  const Normalized normalized(p, q, on.stream(), &f);
+  f.q_scale = p.q_scale;
+  f.k_scale = p.k_scale;
   f.out = device_output(output_rows(out));
   f.lse = data_of(lse);
   launch_forward(p.dtype, f, p.batch, on.stream());
@@ -299,7 +300,7 @@ std::vector<int64_t> plan_of(const Tensor& q, const Tensor& k, const Optional& t
     using T = typename decltype(type)::type;
     constexpr int W = decltype(width)::value;
     const DeviceProperties& properties = device_properties();
-    const device::ForwardPlan forward = device::plan_forward<T, W>(d, p.batch, properties);
+    const device::ForwardPlan forward = device::plan_forward<T, W>(d, p.q_scale.data, p.batch, properties);
     const device::Tiles queries = device::plan_queries<T, W>(d, p.relative.data, p.batch, properties);
     const device::Tiles keys = device::plan_keys<T, W>(d, true, p.batch, properties);
     return {16 * forward.row_tiles * forward.tiles.warps,

@@ -6,7 +6,7 @@ void launch_forward(DType dtype, const device::Forward& f, int64_t batch, Stream
   device::with_type_and_width(dtype, f.width, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     constexpr int W = decltype(width)::value;
-    const device::ForwardPlan plan = device::plan_forward<T, W>(f, batch, device_properties());
+    const device::ForwardPlan plan = device::plan_forward<T, W>(f, f.q_scale.data, batch, device_properties());
     device::Forward planned = f;
     planned.stages = plan.tiles.stages;
     const int64_t blocks = batch * f.q_heads * ceil_div(f.queries, 16 * plan.row_tiles * plan.tiles.warps);

@@ -6,11 +6,14 @@
 // arXiv:2307.08691).
 #pragma once
 
+#include "kernel_normalized_tiles.cuh"
 #include "kernel_scores.cuh"
 
 namespace imagen_fast::attention::device {
 
 struct Forward : Problem {
+  Parameter q_scale;  // of rows that are to be normalised, if its data is not null
+  Parameter k_scale;
   Output out;
   float* lse;  // (B, Hq, Lq)
 };
@@ -23,18 +26,21 @@ constexpr int kForwardThreads = W == 128 ? 256 : 128;
 struct ForwardShared {
   int stream;  // keys and values of each stage
   int stage;
+  int lengths;  // inverse, of the keys of a tile
   int window;
   int bytes;
 };
 
 template <typename T, int W>
-__host__ __device__ constexpr ForwardShared forward_shared(int rows, int stages, bool bias, bool window) {
+__host__ __device__ constexpr ForwardShared forward_shared(int rows, int stages, bool bias, bool normalized,
+                                                           bool window) {
   constexpr int kKeys = kStreamRows<T, W>;
   constexpr int kElement = static_cast<int>(sizeof(T));
   ForwardShared s{};
   s.stream = rows * W * kElement;
   s.stage = s.stream + stages * 2 * kKeys * W * kElement;
-  s.window = s.stage + stage_bytes<T>(rows, kKeys, bias);
+  s.lengths = s.stage + stage_bytes<T>(rows, kKeys, bias);
+  s.window = s.lengths + (normalized ? kKeys * 4 : 0);
   s.bytes = s.window + (window ? window_length(rows) * 4 : 0);
   return s;
 }
@@ -112,11 +118,13 @@ __global__ void __launch_bounds__(kForwardThreads<W>, 1) forward(const __grid_co
   const Place place(rows, f.queries, f.q_heads);
   const int kv_head = f.kv_head(place.h);
   const bool relative = f.relative.data != nullptr;
-  const ForwardShared shared = forward_shared<T, W>(rows, f.stages, f.bias.data, relative);
+  const bool normalized = f.q_scale.data != nullptr;
+  const ForwardShared shared = forward_shared<T, W>(rows, f.stages, f.bias.data, normalized, relative);
   T* q = dynamic_shared<T>();
   T* stream = reinterpret_cast<T*>(dynamic_shared() + shared.stream);
   const int warp_row = 16 * MT * warp_rank();
   float* stage = reinterpret_cast<float*>(dynamic_shared() + shared.stage) + warp_row * kStageRow<kBlocks>;
+  float* lengths = reinterpret_cast<float*>(dynamic_shared() + shared.lengths);
   const Window window{reinterpret_cast<float*>(dynamic_shared() + shared.window), nullptr, nullptr};
 
   const int tiles = key_tiles(f, kKeys);
@@ -153,11 +161,17 @@ __global__ void __launch_bounds__(kForwardThreads<W>, 1) forward(const __grid_co
       fill_window(f, place.h, tile.first - place.first + f.queries - rows, true, window_length(rows), window, false);
       __syncthreads();
     }
+    if (normalized) {
+      if (index == 0) normalize_queries<T, W, MT>(f.q_scale, f.k_scale, f.width, warp_row, q);
+      write_inverse_lengths<T, W, kKeys>(keys_at(index), lengths);
+      __syncthreads();
+    }
     if (first < f.queries) {
       const T* k = keys_at(index);
       float s[MT][kBlocks][4];
       set_zero(s);
       multiply<T, W>(q, warp_row, k, f.width, s);
+      if (normalized) multiply_columns(lengths, s);
       finish_scores(f, place.b, place.h, first, tile,
                     window.values + window_place(rows, warp_row, tile.first % kWindow), stage, s);
       exponentiate<T>(s, softmax, acc);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernel_problem.cuh"
+#include "kernel_rows.cuh"
 
 namespace imagen_fast::attention::device {
 
@@ -20,32 +21,6 @@ struct Normalize {
   int width;
   int64_t rows;  // B H L
 };
-
-// A lane's elements of a row
-template <typename T>
-__device__ __forceinline__ void load_row(const T* x, int width, float (&values)[kLaneElements]) {
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    const int d = kWarpSize * i + lane();
-    values[i] = d < width ? to_float(x[d]) : 0.0f;
-  }
-}
-
-__device__ __forceinline__ void load_scale(const Parameter& scale, int width, float (&values)[kLaneElements]) {
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    const int d = kWarpSize * i + lane();
-    values[i] = d < width ? load_as_float(scale.data, scale.dtype, d) : 0.0f;
-  }
-}
-
-__device__ __forceinline__ float inverse_norm(const float (&x)[kLaneElements]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) sum = fmaf(x[i], x[i], sum);
-  const float norm = sqrtf(warp_sum(sum));
-  return 1.0f / (norm < 1e-12f ? 1e-12f : norm);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize) normalize(const __grid_constant__ Normalize f) {

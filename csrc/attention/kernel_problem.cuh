@@ -36,7 +36,7 @@ struct Segment {
   int first;  // of its keys among all keys
 };
 
-// As ../problem.h has it, where rows of q and k that are to be normalised have been.
+// As ../problem.h has it. In the backward pass rows of q and k that are to be normalised have been.
 struct Problem {
   int q_heads;
   int kv_heads;

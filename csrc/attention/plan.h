@@ -49,10 +49,10 @@ struct ForwardPlan {
 };
 
 template <typename T, int W>
-ForwardPlan plan_forward(const Problem& p, int64_t batch, const DeviceProperties& device) {
+ForwardPlan plan_forward(const Problem& p, bool normalized, int64_t batch, const DeviceProperties& device) {
   const auto bytes = [&](int row_tiles) {
-    return [&p, row_tiles](int warps, int stages) {
-      return forward_shared<T, W>(16 * row_tiles * warps, stages, p.bias.data, p.relative.data).bytes;
+    return [&p, normalized, row_tiles](int warps, int stages) {
+      return forward_shared<T, W>(16 * row_tiles * warps, stages, p.bias.data, normalized, p.relative.data).bytes;
     };
   };
   int warps = few_warps(p.queries);

@@ -264,6 +264,15 @@ def test_normalized_queries_and_keys(kernel: str, dtype: torch.dtype) -> None:
     assert_op_as_accurate(ops.attention, **arguments, **scales, key_mask=mask, scale=8.0)
 
 
+@dtypes
+def test_normalized_vectors_of_all_lengths(kernel: str, dtype: torch.dtype) -> None:
+    arguments = inputs(context=7, dtype=dtype)
+    for name in ("q", "k", "context_k"):
+        arguments[name] *= 10 ** (4 * torch.rand(arguments[name].shape[:3])[..., None] - 2)
+    scales = {name: (1 + 0.3 * torch.randn(16)).to(dtype) for name in ("q_scale", "k_scale")}
+    assert_op_as_accurate(ops.attention, **arguments, **scales, scale=8.0)
+
+
 def test_vectors_of_length_zero_stay_zero(kernel: str) -> None:
     arguments = inputs(context=7)
     for name in ("q", "k", "context_k"):
