@@ -28,6 +28,7 @@ from .integrations import (
     graphed,
     has_form,
     integration_of,
+    note_invalidation,
     reasons_of,
     summary,
     supported,
@@ -239,6 +240,8 @@ def invalidate(obj: Any) -> None:
     """
     for piece in _pieces(obj):
         forget(piece)
+    if isinstance(obj, nn.Module):  # a model that it is a part of keeps something of it, too
+        note_invalidation()
 
 
 def _detach(obj: Any) -> None:

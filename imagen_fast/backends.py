@@ -155,6 +155,11 @@ def forced() -> str:
     return _state.selection.backend
 
 
+def is_strict() -> bool:
+    """Whether landing on eager in silence is an error here and now."""
+    return _state.selection.strict
+
+
 @traced_as_constant
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

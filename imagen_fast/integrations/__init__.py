@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ._converted import convert, converted_bytes, unconvert
 from ._fused import Form, Fused, FusedMethod, forget, give_back, has_form, own_methods, take_form
 from ._graphed import Limits, Prepare, graphed, reasons_of, summary
+from ._kept import note_invalidation
 from ._packed import PackedLinear, joined_bytes, packed_bytes
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "has_form",
     "integration_of",
     "joined_bytes",
+    "note_invalidation",
     "own_methods",
     "packed_bytes",
     "reasons_of",

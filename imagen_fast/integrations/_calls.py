@@ -95,6 +95,7 @@ def settings() -> Hashable:
     """Of PyTorch and this package: what the choice of kernels depends on besides the call."""
     return (
         backends.forced(),
+        backends.is_strict(),
         torch._C._get_mkldnn_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ._fused import FusedMethod, own_methods
-from ._kept import Seen, can_be_seen, outside_inference, values_kept
+from ._kept import Seen, can_be_seen, invalidations, outside_inference, values_kept
 from ._once import once_of_graph
 
 
@@ -41,6 +41,7 @@ class ConvertedForward(FusedMethod):
     def forget(self) -> None:
         self._copies: dict[int, tuple[Seen, Tensor]] = {}
         self._current: tuple[Seen, list[Tensor]] | None = None  # all weights as they were, and their copies
+        self._invalidations = invalidations()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "dtype": self.dtype, "memory_format": self.memory_format}
@@ -111,12 +112,15 @@ class ConvertedForward(FusedMethod):
                     table[name] = tensor
 
     def _copies_of(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self._current is None or not self._current[0].still(*tensors):
+        if self._invalidations != invalidations():
+            self._copies, self._current, self._invalidations = {}, None, invalidations()
+        current = self._current  # a call with gradients, in another thread, may forget it
+        if current is None or not current[0].still(*tensors):
             copies = [self._copy(tensor) for tensor in tensors]
             alive = {*map(id, tensors)}
             self._copies = {key: kept for key, kept in self._copies.items() if key in alive}
-            self._current = Seen(*tensors), copies
-        return self._current[1]
+            self._current = current = Seen(*tensors), copies
+        return current[1]
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self.dtype is None or tensor.dtype == self.dtype:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from ..buckets import bucket
 from ._converted import ConvertedForward
 from ._graphs import GraphPool
-from ._kept import values_kept
+from ._kept import invalidations, values_kept
 from ._recorders import recorder_here
 from ._replays import ReplayPool
 from ._watched import Watched
@@ -93,6 +93,7 @@ class GraphedForward(ConvertedForward):
         super().forget()
         self._watched: Watched | None = None
         self._changes = 0  # since a record was used
+        self._recorded_at = invalidations()
         self.replays.clear()
         if self.pool is not None:
             self.pool.clear()
@@ -168,7 +169,8 @@ class GraphedForward(ConvertedForward):
         """Whether the model is as it was, after the one who watches has been called."""
         after()
         with self._lock:
-            return self._watched is not None and not self._watched.has_changed()
+            watched = self._watched
+            return watched is not None and not watched.has_changed()
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if self.dtype is None and self.memory_format is None:
@@ -180,13 +182,23 @@ class GraphedForward(ConvertedForward):
         with pool.lock, self._lock:  # while another thread's call has the converted weights in place
             if self._changes > _MOST_CHANGES:
                 return "what it computes with changes from call to call"
-            if self._watched is None or self._watched.has_changed():
-                pool.clear()
-                self._watched = Watched(self.owner)
+            watched = self._watched  # a call with gradients, in another thread, may forget it
+            if watched is None or watched.has_changed() or self._recorded_at != invalidations():
+                self._clear(pool)
+                self._recorded_at = invalidations()
+                self._watched = watched = Watched(self.owner)
                 self._changes += 1
             elif len(pool):
                 self._changes = 0
-            return self._watched.obstacle
+            return watched.obstacle
+
+    def _clear(self, pool: GraphPool | ReplayPool) -> None:
+        """Drop the records of this pool and, unless a thread is at it, of the one for the other kind of device."""
+        pool.clear()
+        for other in (self.pool, self.replays):
+            if other is not None and other is not pool and other.lock.acquire(blocking=False):
+                other.clear()
+                other.lock.release()
 
     @contextmanager
     def _with_weights(self) -> Iterator[None]:

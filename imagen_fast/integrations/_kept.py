@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -130,10 +131,26 @@ def values_kept() -> bool:
         or torch.is_autocast_enabled("cuda")
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > _modes.recording
         or (torch._C._len_torch_function_stack() > 0 and not _only_devices())
         or backends.forced() == "eager"
     )
+
+
+class _Invalidations:
+    count = 0
+
+
+def invalidations() -> int:
+    """How often a module was declared to have changed out of sight: what is kept of the model that it may be a part of
+    is of before."""
+    return _Invalidations.count
+
+
+def note_invalidation() -> None:
+    """See `invalidations`."""
+    _Invalidations.count += 1
 
 
 class _Modes(threading.local):

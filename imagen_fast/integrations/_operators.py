@@ -24,6 +24,8 @@ from ._calls import NotRecorded
 from ._kept import recording_mode
 from ._once import Once
 
+_MOST_FOLDED = 2**26  # bytes of what is computed from constants, as a record holds it
+
 
 @dataclass(frozen=True)
 class _Value:
@@ -49,11 +51,16 @@ class Record(TorchDispatchMode):
     Args:
         inputs: the tensors that the call is given.
         once: what was made of them beside the call; it is read anew by every repetition.
+
+    Attributes:
+        is_random: whether the call has drawn random numbers.
     """
 
     def __init__(self, inputs: list[Tensor], once: Once) -> None:
         super().__init__()
         self.count = 0
+        self.is_random = False
+        self._folded: set[int] = set()  # where lies what is computed from constants alone
         self._numbers = WeakTensorKeyDictionary()  # nothing is kept alive for longer than the call does
         self._once = once
         self._made: dict[int, Tensor] = {}  # by `once`
@@ -79,7 +86,9 @@ class Record(TorchDispatchMode):
             if depends:
                 raise NotRecorded(f"it looks at numbers ({func})")
             return out
+        self.is_random = self.is_random or _is_random(func)
         if not depends and _has_tensors((args, kwargs)) and not _is_random(func):
+            self._folded.update({*map(_place, tensors)}.difference(map(_place, _tensors_in((args, kwargs)))))
             return out  # it will be the same next time
         numbers = [self._number_of(result) if isinstance(result, Tensor) else None for result in results]
         self._calls.append(_Call(func, given, named, numbers, isinstance(out, Tensor)))
@@ -91,7 +100,12 @@ class Record(TorchDispatchMode):
             if tensor._version != self._versions[number]:
                 raise NotRecorded("it writes to its arguments, or to what is made of them once")
         leaves, spec = tree_flatten(result)
-        return Program(len(self._inputs), self._made, self._calls, [*map(self._replaced, leaves)], spec)
+        program = Program(len(self._inputs), self._made, self._calls, [*map(self._replaced, leaves)], spec)
+        folded = {place: t for t in program.constants if (place := _place(t)) and place in self._folded}
+        size = sum(tensor.untyped_storage().nbytes() for tensor in folded.values())
+        if size > _MOST_FOLDED:
+            raise NotRecorded(f"{size / 2**20:.0f} MiB that depend on weights alone would be kept with it")
+        return program
 
     def _depends(self, value: Any) -> bool:
         """Whether a tensor, or any in a structure, is another one in every call."""
@@ -125,11 +139,15 @@ class Program:
 
     Attributes:
         operators: how many it calls.
+        is_random: whether any of them draws random numbers.
+        constants: the tensors that it reads besides its inputs and what is made of them.
     """
 
     def __init__(self, inputs: int, made: dict[int, Tensor], calls: list[_Call], leaves: list[Any], spec: Any) -> None:
         calls = _without_unused(calls, leaves)
         self.operators = len(calls)
+        self.is_random = any(_is_random(call.operator) for call in calls)
+        self.constants = [*_tensors_in([(call.args, call.kwargs) for call in calls]), *_tensors_in(leaves)]
         self._spec = spec
         self._function = _function(inputs, made, calls, leaves)
 
@@ -140,10 +158,10 @@ class Program:
 
 
 @contextmanager
-def recording(inputs: list[Tensor], once: Once) -> Iterator[Record]:
-    """Inside, operators are recorded."""
-    with recording_mode(), Record(inputs, once) as record:
-        yield record
+def recording(record: Record) -> Iterator[None]:
+    """Inside, a record sees the operators of a call."""
+    with recording_mode(), record:
+        yield
 
 
 def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -170,10 +188,23 @@ def _is_random(operator: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in operator.tags
 
 
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors_in([*value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
+
+
 def _has_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = [*value.values()]
-    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_has_tensors, value)))
+    return next(_tensors_in(value), None) is not None
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 of those that have none of their own to look at."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_mkldnn else 0
 
 
 def _numbers_in(value: Any) -> Iterator[int]:
@@ -202,14 +233,17 @@ def _function(inputs: int, made: dict[int, Tensor], calls: list[_Call], leaves: 
     """Python of one line for each call. A tensor is let go after the line that reads it last, as in the model."""
     constants: dict[str, Any] = {f"v{number}": tensor for number, tensor in made.items()}
 
-    def written(value: Any) -> str:
+    def name_of(value: Any) -> str:
         if isinstance(value, _Value):
             return f"v{value.number}"
-        if isinstance(value, list | tuple) and any(isinstance(item, _Value) for item in value):
-            return f"[{', '.join(map(written, value))}]"
         name = f"c{len(constants)}"
         constants[name] = value
         return name
+
+    def written(value: Any) -> str:  # lists of tensors are not in each other
+        if isinstance(value, list | tuple) and any(isinstance(item, _Value) for item in value):
+            return f"[{', '.join(map(name_of, value))}]"
+        return name_of(value)
 
     last = {number: i for i, call in enumerate(calls) for number in _numbers_in((call.args, call.kwargs))}
     for i, call in enumerate(calls):  # results that nobody reads
@@ -229,5 +263,5 @@ def _function(inputs: int, made: dict[int, Tensor], calls: list[_Call], leaves: 
         f"    return [{', '.join(map(written, leaves))}]",
     ]
     exec(compile("\n".join(source), "<operators of a call>", "exec"), constants)
-    function: Callable[..., list[Any]] = constants["function"]
+    function: Callable[..., list[Any]] = constants.pop("function")  # else it would hold itself
     return function

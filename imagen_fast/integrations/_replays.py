@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ._calls import PLAIN, Around, Call, NotRecorded, Pool, settings
 from ._kept import outside_inference, same_numbers
 from ._once import Once, active, once_of_graph
-from ._operators import Program, recording
+from ._operators import Program, Record, recording
 
 
 class _Replay:
@@ -33,28 +33,31 @@ class _Replay:
     Attributes:
         lock: held while it runs.
         is_checked: whether it has been compared with the call.
+        is_random: whether it draws random numbers.
     """
 
     def __init__(self, inputs: list[Tensor], once: Once, program: Program) -> None:
         self._once, self._program = once, program
         # The inputs that something was made of keep the values that it was made of.
         self._roots = {number: inputs[number] for number in once.roots}
+        self._is_stale = False  # what was made of inputs is of others than those
         self.lock = threading.Lock()
         self.is_checked = False
+        self.is_random = program.is_random
 
     def run(self, call: Call, around: Around) -> Any:
         """The result of a call, in tensors of its own."""
         with outside_inference():
             given = [*map(_dense, call.tensors)]
-            changed = False
             for number, mine in self._roots.items():
                 if not same_numbers(mine, given[number]):
+                    self._is_stale = True  # until all is made anew, whatever interrupts it
                     mine.copy_(given[number])
-                    changed = True
                 given[number] = mine
-            if changed:
+            if self._is_stale:
                 with around(), active(self._once):
                     self._once.renew()
+                self._is_stale = False
         with torch.inference_mode():  # operators cost less
             result = self._program(given)
         return _copied(result)
@@ -112,10 +115,14 @@ class ReplayPool(Pool[_Replay]):
     ) -> Any:
         """The result of the call, which is recorded if it can be."""
         random = torch.get_rng_state()
+        with outside_inference():
+            inputs = [_dense(tensor).clone() for tensor in call.tensors]
+        record = Record(inputs, once := Once(dict(enumerate(inputs))))
         try:
-            result, replay = self._recorded(function, call)
+            result, replay = self._recorded(function, call, record, inputs, once)
         except Exception as error:  # whatever it is, the call itself may work, or raises it again
-            torch.set_rng_state(random)
+            if record.is_random:  # else the numbers that others have drawn meanwhile are theirs
+                torch.set_rng_state(random)
             self._note_failure(error)
             return function(*call.args, **call.kwargs)
         with self.lock:
@@ -123,12 +130,11 @@ class ReplayPool(Pool[_Replay]):
             self._keep(kind, replay, replays)
         return _copied(result)
 
-    def _recorded(self, function: Callable[..., Any], call: Call) -> tuple[Any, _Replay]:
-        with outside_inference():
-            inputs = [_dense(tensor).clone() for tensor in call.tensors]
+    def _recorded(
+        self, function: Callable[..., Any], call: Call, record: Record, inputs: list[Tensor], once: Once
+    ) -> tuple[Any, _Replay]:
         args, kwargs = call.on(inputs)
-        once = Once(dict(enumerate(inputs)))
-        with active(once), recording(inputs, once) as record:
+        with active(once), recording(record):
             result = function(*args, **kwargs)
         for leaf in tree_leaves(result):
             if not isinstance(leaf, (Tensor, *PLAIN)):
@@ -136,20 +142,24 @@ class ReplayPool(Pool[_Replay]):
         return result, _Replay(inputs, once, record.program(result))
 
     def _check(self, kind: Hashable, replay: _Replay, function: Callable[..., Any], call: Call, around: Around) -> Any:
-        random = torch.get_rng_state()
+        random = torch.get_rng_state() if replay.is_random else None
         result = function(*call.args, **call.kwargs)
-        after = torch.get_rng_state()
-        torch.set_rng_state(random)
+        after = None
+        if random is not None:
+            after = torch.get_rng_state()
+            torch.set_rng_state(random)
         try:
             found = replay.run(call, around)
-            replay.is_checked = _is_same(found, result) and torch.equal(torch.get_rng_state(), after)
+            drawn = after is None or torch.equal(torch.get_rng_state(), after)
+            replay.is_checked = _is_same(found, result) and drawn
         except Exception as error:
             self._note_failure(error)
         else:
             if not replay.is_checked:
                 self.note("when repeated, its operators gave other numbers than the call", logging.WARNING)
         finally:
-            torch.set_rng_state(after)
+            if after is not None:
+                torch.set_rng_state(after)
         if not replay.is_checked:
             with self.lock:
                 self._records.pop(kind, None)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
+from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,11 @@ _DEEPEST = 3  # containers and plain objects in each other
 _TABLES = ("_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _STANDARD = frozenset(vars(nn.Module()))  # attributes of every module
-_OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, Enum, FusedMethod)
+_OPAQUE = (FunctionType, BuiltinFunctionType, ModuleType, type, Enum, FusedMethod)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 # Of whose code it is known that it does nothing but compute
 _LIBRARIES = frozenset(("torch", "imagen_fast", "diffusers", "transformers", "imagen_pytorch", "peft", "einops"))
+_DECORATORS = frozenset(("functools", "contextlib", "huggingface_hub", "typing_extensions"))  # of their methods
 
 
 class Watched:
@@ -45,7 +47,7 @@ class Watched:
         self._orders: list[tuple[Mapping[str, Any], list[int]]] = []  # those that hold tensors, and their identities
         self._tensors: list[Tensor] = []
         self._classes: list[tuple[nn.Module, type]] = []
-        self._forwards: dict[type, Any] = {}
+        self._methods: dict[type, tuple[Any, Any]] = {}  # of classes, what gets some of their methods, and these
         self._met: dict[int, Any] = {}  # objects by identity, which stays theirs as long as they are held here
         self._walk_module(root)
         self._seen = Seen(*(self._tensors if self.obstacle is None else ()))
@@ -67,9 +69,12 @@ class Watched:
         for module, cls in self._classes:
             if module.__class__ is not cls:
                 return True
-        for cls, forward in self._forwards.items():
-            if cls.forward is not forward:  # type: ignore[attr-defined]
-                return True
+        try:
+            for cls, (methods_of, methods) in self._methods.items():
+                if methods_of(vars(cls)) != methods:
+                    return True
+        except KeyError:  # one is gone
+            return True
         return any(self._empty) or not self._seen.are_still()
 
     def _walk_module(self, module: nn.Module) -> None:
@@ -79,7 +84,11 @@ class Watched:
             self._met[id(inner)] = inner
             attributes, cls = vars(inner), type(inner)
             self._classes.append((inner, cls))
-            self._forwards[cls] = cls.forward
+            if issubclass(cls, torch.jit.ScriptModule):
+                self.obstacle = self.obstacle or "a module in it is compiled by TorchScript"
+                continue
+            for each in cls.__mro__:
+                self._watch_methods(each)
             self._look_at_obstacles(inner)
             self._watch(attributes)
             for key in ("_modules", *_HOOKS, *_TABLES):
@@ -90,6 +99,20 @@ class Watched:
                 if key not in _STANDARD and key != "forward":
                     self._walk(value, 0)
 
+    def _watch_methods(self, cls: type) -> None:
+        """Of a class of PyTorch's `forward` alone: there are many, and each has many methods."""
+        if cls in self._methods or cls in (object, nn.Module, Generic):
+            return
+        found = {name: value for name, value in vars(cls).items() if isinstance(value, FunctionType | property)}
+        if cls.__module__.partition(".")[0] == "torch":
+            found = {name: value for name, value in found.items() if name == "forward"}
+        if not found:
+            return
+        self._methods[cls] = itemgetter(*found), itemgetter(*found)(vars(cls))
+        for name, value in found.items():
+            if isinstance(value, FunctionType) and not _is_known_function(value):
+                self.obstacle = self.obstacle or f"{cls.__name__}.{name} is a function of no library that is known"
+
     def _look_at_obstacles(self, module: nn.Module) -> None:
         kind = type(module).__name__
         if self.obstacle is not None:
@@ -98,6 +121,8 @@ class Watched:
             self.obstacle = f"{kind} is a class of no library that is known"
         elif module is self._root:
             return  # what is on the whole model runs around the graph
+        elif module._compiled_call_impl is not None:
+            self.obstacle = f"a {kind} in it is compiled"  # what it runs is no operator
         elif module._forward_hooks or module._forward_pre_hooks:
             self.obstacle = f"a {kind} in it has hooks"
         elif "forward" in vars(module) and not _has_known_forward(module):
@@ -112,7 +137,11 @@ class Watched:
             else:
                 self._tensors.append(value)
             return
-        if isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in _LIBRARIES:
+        if isinstance(value, MethodType):
+            self._walk(value.__func__, depth)
+            self._walk(value.__self__, depth)
+            return
+        if isinstance(value, FunctionType) and not _is_known_function(value):
             self.obstacle = self.obstacle or f"{value.__qualname__} is a function of no library that is known"
         if depth > _DEEPEST or id(value) in self._met or isinstance(value, _OPAQUE):
             return
@@ -147,6 +176,12 @@ class Watched:
 def _is_known(cls: type) -> bool:
     """Whether a class, or the one that it was derived from by a parametrization, is of a known library."""
     return cls.__module__.partition(".")[0] in _LIBRARIES
+
+
+def _is_known_function(function: FunctionType) -> bool:
+    """Whether a function is of a known library, whatever it says of itself: `functools.wraps` gives another's name."""
+    library = str(function.__globals__.get("__name__")).partition(".")[0]
+    return library in _LIBRARIES or library in _DECORATORS
 
 
 def _has_known_forward(module: nn.Module) -> bool:

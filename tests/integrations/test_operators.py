@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import imagen_fast
 from imagen_fast.integrations._calls import NotRecorded
 from imagen_fast.integrations._once import Once
-from imagen_fast.integrations._operators import Program, recording
+from imagen_fast.integrations._operators import Program, Record, recording
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -22,7 +22,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def record(function: Callable[..., Any], *given: Tensor) -> Program:
-    with torch.no_grad(), recording([*given], Once({})) as seen:
+    seen = Record([*given], Once({}))
+    with torch.no_grad(), recording(seen):
         result = function(*given)
     return seen.program(result)
 

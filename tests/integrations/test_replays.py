@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imagen_fast
+from imagen_fast.integrations import _operators
 from imagen_fast.integrations._graphed import GraphedForward
 from imagen_fast.integrations._once import once_of_graph
-from imagen_fast.integrations._replays import ReplayPool
+from imagen_fast.integrations._replays import ReplayPool, _Replay
 from imagen_fast.models import EfficientUNet, EfficientUNetConfig, T5Encoder, UNet
 from imagen_fast.models.t5 import T5Config
 
@@ -163,6 +166,92 @@ def test_a_record_that_fails_its_check_leaves_the_generator_alone(pool: ReplayPo
         torch.manual_seed(0)
         assert torch.equal(found, function(x))
         assert torch.equal(state, torch.get_rng_state())
+    assert pool.replayed == 0
+
+
+def test_random_numbers_of_others_are_left_to_them(pool: ReplayPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    repeat = _Replay.run
+
+    def meanwhile(self: _Replay, *args: Any) -> Any:
+        torch.rand(5)  # by another thread
+        return repeat(self, *args)
+
+    monkeypatch.setattr(_Replay, "run", meanwhile)
+    torch.manual_seed(0)
+    for seed in range(4):
+        call(pool, torch.exp, normal(3, seed=seed))
+    state = torch.get_rng_state()
+    assert pool.replayed == 1
+    torch.manual_seed(0)
+    for _ in range(2):
+        torch.rand(5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_made_once_is_made_after_an_interruption(pool: ReplayPool) -> None:
+    interrupted = False
+
+    def double(text: Tensor) -> Tensor:
+        if interrupted:
+            raise KeyboardInterrupt
+        return text * 2
+
+    def function(x: Tensor, text: Tensor) -> Tensor:
+        once = once_of_graph()
+        return x + (double(text) if once is None else once.of("text", [text], lambda: double(text)))
+
+    x, text, other = normal(2), normal(2, seed=1), normal(2, seed=2)
+    for _ in range(4):
+        call(pool, function, x, text)
+    interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        call(pool, function, x, other)
+    interrupted = False
+    assert torch.equal(call(pool, function, x, other), x + other * 2)
+    assert pool.replayed == 3
+
+
+def test_what_depends_on_weights_alone_is_not_kept_at_any_price(
+    pool: ReplayPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x @ (WEIGHT * 2).t() + WEIGHT[0]  # what is a view is nobody's
+
+    monkeypatch.setattr(_operators, "_MOST_FOLDED", WEIGHT.nbytes)
+    for _ in range(4):
+        call(pool, function, normal(3, 5))
+    assert pool.replayed == 1
+    monkeypatch.setattr(_operators, "_MOST_FOLDED", WEIGHT.nbytes - 1)
+    for _ in range(4):
+        call(pool, function, normal(4, 5))
+    assert pool.replayed == 1
+    assert any("weights alone" in reason for reason in pool.reasons)
+
+
+def test_a_record_that_goes_takes_its_tensors_with_it(pool: ReplayPool) -> None:
+    weight = normal(4, 4)
+
+    def function(x: Tensor) -> Tensor:
+        return x @ (weight * 2)
+
+    for _ in range(4):
+        call(pool, function, normal(3, 4))
+    (replay,) = pool._records.values()
+    (kept,) = (weakref.ref(tensor) for tensor in replay._program.constants)
+    del replay
+    gc.disable()
+    try:
+        pool.clear()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_strictness_is_a_setting(pool: ReplayPool) -> None:
+    for _ in range(3):
+        call(pool, torch.exp, torch.ones(3))
+    with imagen_fast.use_backend("auto", strict=True):
+        call(pool, torch.exp, torch.ones(3))
     assert pool.replayed == 0
 
 
@@ -379,7 +468,9 @@ def test_after_a_call_with_gradients_everything_is_recorded_anew() -> None:
     assert torch.equal(run(model, 1), expected(model, 1))
 
 
-@pytest.mark.parametrize("how", ["hook", "forward", "global", "gradients", "eager", "autocast", "mode", "own class"])
+@pytest.mark.parametrize(
+    "how", ["hook", "forward", "global", "gradients", "eager", "autocast", "mode", "own class", "tangents"]
+)
 def test_when_python_has_to_run(how: str) -> None:
     model = build()
     imagen_fast.accelerate(model)
@@ -405,6 +496,7 @@ def test_when_python_has_to_run(how: str) -> None:
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
         "mode": lambda: _Looking(seen),
         "gradients": torch.enable_grad,
+        "tangents": torch.autograd.forward_ad.dual_level,
     }
     handle = nn.modules.module.register_module_forward_hook(lambda *a: seen.append(1)) if how == "global" else None
     try:
