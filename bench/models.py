@@ -57,8 +57,8 @@ def model_case(
     """A case of a model.
 
     Args:
-        op, name, title, shape, dtype, renewed, flops, samples_checked, needs_gpu, tags: as of `Case`. The title has the batch as its
-            first factor, "2×": cases that differ in it alone are shown side by side.
+        op, name, title, shape, dtype, renewed, flops, samples_checked, needs_gpu, tags: as of `Case`. The title has the
+            batch as its first factor, "2×": cases that differ in it alone are shown side by side.
         build: makes the model.
         inputs: the inputs by name; floating ones are cast to `dtype`.
         moved: the bytes of `Case`.

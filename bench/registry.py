@@ -113,7 +113,8 @@ class Case:
 
     def checked_inputs(self, device: str = "cpu") -> list[dict[str, Any]]:
         """What results are checked on: the inputs for seed 0, and of a sampling loop for as many seeds as it takes."""
-        return [self.make_inputs(seed, device) for seed in range(max(1, math.ceil(self.samples_checked / self.shape[0])))]
+        batches = max(1, math.ceil(self.samples_checked / self.shape[0]))
+        return [self.make_inputs(seed, device) for seed in range(batches)]
 
     def obstacle(self, device: str) -> str:
         """Why it cannot be run on a type of device; empty if it can."""
