@@ -259,6 +259,17 @@ def test_a_missing_library_names_the_extra_that_brings_it(mistake, tmp_path, mon
     assert message == "fontTools.ttLib is not installed (pip install 'imagen-fast[train]')"
 
 
+def test_a_missing_tokenizer_names_the_extra_that_brings_it(imagen, mistake, tmp_path, monkeypatch):
+    from imagen_fast.models.t5.tokenizer import load_tokenizer
+
+    (tmp_path / "spiece.model").write_bytes(b"never read")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # makes its import fail
+    tokenizer = load_tokenizer(tmp_path)
+    monkeypatch.setattr(imagen, "sample", lambda prompts, **_: tokenizer(prompts))
+    message = mistake("sample", "a cat", "--out", str(tmp_path / "cat.png"))
+    assert message == "sentencepiece is not installed (pip install 'imagen-fast[text]')"
+
+
 def test_a_warning_is_one_line(imagen, tmp_path, monkeypatch, capsys):
     sample = imagen.sample
 

@@ -87,7 +87,7 @@ def ddim(levels: Levels, prediction: str, eta: float, clipped_epsilon: bool) -> 
         raise ValueError(f"eta must be between 0 and 1, got {eta}")
     rows = levels.rows(prediction)
     for row, alpha, alpha_next, step_alpha in zip(rows, *levels[1:3], levels.step_alphas(), strict=True):
-        sigma = eta * ((1 - alpha_next) / (1 - alpha) * (1 - step_alpha)) ** 0.5
+        sigma = eta * max((1 - alpha_next) / (1 - alpha) * (1 - step_alpha), 0.0) ** 0.5
         direction = max(1 - alpha_next - sigma**2, 0.0) ** 0.5
         row["next_from_x0"], row["noise_scale"] = alpha_next**0.5, sigma
         if clipped_epsilon:  # of the thresholded x0, as if that were the output
@@ -111,6 +111,7 @@ def dpm_solver_pp(
     offset: int,
     solver_type: str,
     karras: bool,
+    rounding: str,
     lower_order_final: bool,
     euler_at_final: bool,
     final_sigma: str,
@@ -122,12 +123,19 @@ def dpm_solver_pp(
         raise ValueError(f"solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
     if final_sigma not in ("zero", "sigma_min"):
         raise ValueError(f"final_sigma must be 'zero' or 'sigma_min', got {final_sigma!r}")
+    if rounding not in ("nearest", "down"):
+        raise ValueError(f"rounding must be 'nearest' or 'down', got {rounding!r}")
     every = relative_sigmas(alphas_cumprod)
-    timesteps = multistep_timesteps(len(every), steps, spacing, offset)
-    sigmas = np.interp(timesteps, np.arange(len(every)), every)
     if karras:
-        sigmas = karras_sigmas(len(sigmas), float(every[0]), float(every[-1])).numpy()
-        timesteps = [round(t) for t in np.interp(np.log(sigmas), np.log(every), np.arange(len(every)))]
+        count = len(spaced_timesteps(len(every), steps, spacing))
+        sigmas = karras_sigmas(count, float(every[0]), float(every[-1])).numpy()
+        # diffusers looks levels up among logarithms in its schedule's float32, which decides what is rounded down.
+        logs = np.log(every.astype(np.float32) if alphas_cumprod.dtype == torch.float32 else every)
+        found = np.interp(np.log(sigmas), logs, np.arange(len(every)))
+        timesteps = [round(t) if rounding == "nearest" else int(t) for t in found]
+    else:
+        timesteps = multistep_timesteps(len(every), steps, spacing, offset)
+        sigmas = np.interp(timesteps, np.arange(len(every)), every)
     end = 0.0 if final_sigma == "zero" else float(every[0])
     few = lower_order_final and len(timesteps) < FEW_STEPS
     ends_low = few or euler_at_final or final_sigma == "zero"
@@ -152,7 +160,8 @@ def multistep(
         next = σ_next / σ x − α_next (e^−h − 1) (x0 + ½ D1)                                  midpoint
         next = σ_next / σ e^−h x + α_next (1 − e^−2h) (x0 + ½ D1) + σ_next √(1 − e^−2h) ε    stochastic
 
-    D1 is left out in order 1, in the first step and, where it `ends_low`, in the last.
+    D1 is left out in order 1, in the first step, where h is 0 (and with it all that D1 adds) and, where it `ends_low`,
+    in the last.
     """
     rows: list[Row] = []
     previous_log_snr = None
@@ -163,18 +172,16 @@ def multistep(
         h = log_snr_next - log_snr
         row = empty_row(timestep, ratio)
         row["x0_from_sample"], row["x0_from_output"] = x0_coefficients(prediction, alpha, sigma)
-        decay = math.exp(-2 * h) if sde else math.exp(-h)
-        from_x0 = alpha_next * (1 - decay)
+        exponent = 2 * h if sde else h
+        gain = -math.expm1(-exponent)  # 1 - e^-h, or 1 - e^-2h
+        from_x0 = alpha_next * gain
         row["next_from_sample"] = sigma_next / sigma * (math.exp(-h) if sde else 1.0)
         row["next_from_x0"] = from_x0
         if sde:
-            row["noise_scale"] = sigma_next * (1 - decay) ** 0.5
+            row["noise_scale"] = sigma_next * max(gain, 0.0) ** 0.5  # rounding can let the noise rise by an ulp
         last = i == len(timesteps) - 1
-        if order == 2 and previous_log_snr is not None and not (last and ends_low):
-            if solver_type == "midpoint":
-                correction = 0.5 * from_x0
-            else:
-                correction = alpha_next * ((1 - decay) / (-2 * h if sde else -h) + 1)
+        if order == 2 and previous_log_snr is not None and h != 0 and not (last and ends_low):
+            correction = 0.5 * from_x0 if solver_type == "midpoint" else alpha_next * (1 - gain / exponent)
             correction *= h / (log_snr - previous_log_snr)
             row["next_from_x0"] += correction
             row["next_from_previous_x0"] = -correction
@@ -184,10 +191,12 @@ def multistep(
 
 
 def multistep_timesteps(n: int, steps: int | str | Sequence[int], spacing: str, offset: int) -> list[int]:
-    """Those of diffusers' multistep solvers, which leave timestep 0 to the last step's end."""
+    """Those of diffusers' multistep solvers: but for "trailing" they leave timestep 0 to the last step's end."""
     if not isinstance(steps, int | np.integer):
         return spaced_timesteps(n, steps)
     steps = int(steps)
+    if spacing == "trailing":
+        return spaced_timesteps(n, steps, spacing)
     if not 1 <= steps < n:
         raise ValueError(f"steps must be between 1 and {n - 1}, got {steps}")
     if spacing == "linspace":
@@ -197,6 +206,4 @@ def multistep_timesteps(n: int, steps: int | str | Sequence[int], spacing: str, 
         if offset < 0 or timesteps[0] >= n:
             raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
         return timesteps
-    if spacing == "trailing":
-        return spaced_timesteps(n, steps, spacing)
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")

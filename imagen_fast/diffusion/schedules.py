@@ -102,6 +102,8 @@ def shift_log_snr(alphas_cumprod: Tensor, factor: float) -> Tensor:
 def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Noise levels evenly spaced in σ^(1/rho), falling from sigma_max to sigma_min (EDM, arXiv 2206.00364, equation 5).
 
+    They begin and end at exactly these; a single one is sigma_max.
+
     Returns:
         (n,) in float64.
 
@@ -113,7 +115,9 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
         raise ValueError(f"need 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
+    sigmas = (high + ramp * (low - high)) ** rho
+    sigmas[-1], sigmas[0] = sigma_min, sigma_max  # which the powers round
+    return sigmas
 
 
 def relative_sigmas(alphas_cumprod: Tensor) -> np.ndarray:

@@ -16,7 +16,7 @@ The builders reproduce the schedulers of diffusers, step by step; how they come 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -119,12 +119,16 @@ class StepTable:
         column = self.rows[:, COLUMNS.index("input_scale")]
         return self._kept(("input_scales", device, dtype), lambda: column.to(device, dtype))
 
-    def _kept(self, key: Any, make: Any) -> Any:
-        if torch.compiler.is_compiling():  # what is made while tracing is no tensor to keep
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling():
             return make()
-        if key not in self._on:
-            self._on[key] = make()
-        return self._on[key]
+        found = self._on.get(key)
+        if found is None:
+            if _makes_no_tensors_to_keep(device=key[1]):
+                return make()
+            with torch.inference_mode(False):  # autograd cannot save what was made in inference mode
+                self._on[key] = found = make()
+        return found
 
     def with_timesteps(self, timesteps: Sequence[float]) -> StepTable:
         """The same solver for a model that is told other numbers, such as imagen-pytorch's, which reads log-SNR.
@@ -219,6 +223,7 @@ class StepTable:
         offset: int = 0,
         solver_type: str = "midpoint",
         karras: bool = False,
+        rounding: str = "nearest",
         lower_order_final: bool = True,
         euler_at_final: bool = False,
         final_sigma: str = "zero",
@@ -229,14 +234,18 @@ class StepTable:
             alphas_cumprod, steps, prediction, offset: as for `ddpm`.
             order: 1 or 2; the second reads the previous evaluation's x0. The first step is of order 1.
             sde: solve the stochastic equation ("2M-SDE"), which adds noise at every step.
-            spacing: "linspace", "leading" or "trailing"; of diffusers' multistep solvers, which leave timestep 0 out.
+            spacing: "linspace", "leading" or "trailing", of diffusers' multistep solvers: the first two leave timestep
+                0 out, and take less than n steps.
             solver_type: "midpoint" or "heun": how the second order is corrected.
-            karras: space the noise levels as Karras et al. do, between those of the first and last timestep.
+            karras: space the noise levels as Karras et al. do, between those of the first and last timestep, whatever
+                the spacing.
+            rounding: of the timesteps that karras finds for its levels: "nearest", or "down" as diffusers does for its
+                squaredcos_cap_v2.
             lower_order_final: take the last of less than 15 steps in order 1; euler_at_final: that of any number.
             final_sigma: "zero" (a clean picture) or "sigma_min" (timestep 0's noise).
 
         Raises:
-            ValueError: as for `ddpm`, or an order, solver_type or final_sigma that there is not.
+            ValueError: as for `ddpm`, or an order, solver_type, rounding or final_sigma that there is not.
         """
         rows = preserving.dpm_solver_pp(
             alphas_cumprod,
@@ -248,6 +257,7 @@ class StepTable:
             offset=offset,
             solver_type=solver_type,
             karras=karras,
+            rounding=rounding,
             lower_order_final=lower_order_final,
             euler_at_final=euler_at_final,
             final_sigma=final_sigma,
@@ -349,3 +359,9 @@ class StepTable:
         stacked = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in (row["timestep"] for row in rows))
         return cls(stacked.reshape(-1, len(COLUMNS)), timesteps, learned_variance, float(initial_sigma))
+
+
+def _makes_no_tensors_to_keep(device: torch.device) -> bool:
+    """Whether a tensor made now would be a tracer's, or would lie in the memory of a CUDA graph."""
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    return traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

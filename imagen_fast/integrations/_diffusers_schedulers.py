@@ -39,6 +39,8 @@ class _FusedStep(FusedMethod):
     ops = ("sampler_step",)
     # Made of the scheduler's timesteps, noise levels and configuration
     made_of: ClassVar[tuple[str, ...]]
+    # What of the configuration limits x0: one that was made for another scheduler holds keys that the step never reads
+    limits: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, owner: Any) -> None:
         super().__init__(owner)
@@ -60,7 +62,7 @@ class _FusedStep(FusedMethod):
     def why_left(cls, owner: Any) -> str | None:
         if owner.config.prediction_type not in _PREDICTIONS:
             return f"its prediction_type {owner.config.prediction_type!r} is not served"
-        return _why_threshold_left(owner.config)
+        return _why_threshold_left(owner.config, cls.limits)
 
     def _theirs(self, *args: Any, **kwargs: Any) -> Any:
         return self.original.step(self.owner, *args, **kwargs)  # type: ignore[attr-defined]
@@ -91,7 +93,7 @@ class _FusedStep(FusedMethod):
             return False
         if any(tensor.device != sample.device for tensor in tensors):
             return False
-        if any(noise is not None and noise.shape != sample.shape for noise in noises):
+        if any(n is not None and (n.shape != sample.shape or n.dtype != sample.dtype) for n in noises):
             return False
         expected = list(sample.shape)
         expected[1] *= 2 if learned else 1
@@ -106,7 +108,8 @@ class _FusedStep(FusedMethod):
         if isinstance(timestep, Tensor):
             if timestep.dim() or timestep.dtype != timesteps.dtype:
                 return None
-            if timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
+            shared = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+            if shared and timesteps.stride(0) == 1:
                 index = timestep.storage_offset() - timesteps.storage_offset()
                 return index if 0 <= index < len(timesteps) else None
         elif not isinstance(timestep, int):
@@ -115,25 +118,36 @@ class _FusedStep(FusedMethod):
             self._told = timesteps.tolist()
         return self._told.index(int(timestep)) if int(timestep) in self._told else None
 
+    def _is_over(self, timestep: Any) -> bool:
+        """Whether a scheduler that counts its steps has none left, which its own step has to say; finds where it
+        stands first, as that does."""
+        if self.owner.step_index is None:
+            self.owner._init_step_index(timestep)
+        return not 0 <= self.owner.step_index < len(self.owner.timesteps)
+
+    def _threshold(self) -> str | DynamicThreshold | None:
+        config = self.owner.config
+        if _has(config, "thresholding", self.limits):
+            return DynamicThreshold(config.dynamic_thresholding_ratio, max_value=float(config.sample_max_value))
+        return "static" if _has(config, "clip_sample", self.limits) else None
+
 
 def _version(value: Any) -> int:
     """How often a tensor has been written to in place. Of one made in inference mode nobody knows."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
-def _why_threshold_left(config: Any) -> str | None:
-    if config.get("thresholding"):
+def _has(config: Any, limit: str, limits: Sequence[str]) -> bool:
+    return limit in limits and bool(config.get(limit))
+
+
+def _why_threshold_left(config: Any, limits: Sequence[str]) -> str | None:
+    if _has(config, "thresholding", limits):
         if not 0 <= config.dynamic_thresholding_ratio <= 1 or config.sample_max_value < 1:
             return "its dynamic threshold is not served"
-    elif config.get("clip_sample") and config.clip_sample_range != 1:
+    elif _has(config, "clip_sample", limits) and config.clip_sample_range != 1:
         return f"it clips to {config.clip_sample_range}, and 1 alone is served"
     return None
-
-
-def _threshold(config: Any) -> str | DynamicThreshold | None:
-    if config.get("thresholding"):
-        return DynamicThreshold(config.dynamic_thresholding_ratio, max_value=float(config.sample_max_value))
-    return "static" if config.get("clip_sample") else None
 
 
 def _noise_like(sample: Tensor, generator: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -146,7 +160,8 @@ class FusedDDPMStep(_FusedStep):
     """DDPMScheduler, of fixed and learned-range variances."""
 
     original = DDPMScheduler
-    made_of = ("timesteps", "alphas_cumprod")
+    made_of = ("timesteps", "alphas_cumprod", "num_inference_steps", "custom_timesteps")
+    limits = ("thresholding", "clip_sample")
 
     _VARIANCES: ClassVar[dict[str, str]] = {
         "fixed_small": "fixed_small",
@@ -163,9 +178,12 @@ class FusedDDPMStep(_FusedStep):
 
     def _make(self) -> StepTable:
         owner = self.owner
+        timesteps = owner.timesteps.tolist()
+        if not (owner.num_inference_steps or owner.custom_timesteps) and timesteps != list(range(len(timesteps)))[::-1]:
+            raise ValueError("before set_timesteps the scheduler goes down by 1, whatever its timesteps are")
         return StepTable.ddpm(
             owner.alphas_cumprod,
-            steps=owner.timesteps.tolist(),
+            steps=timesteps,
             prediction=_PREDICTIONS[owner.config.prediction_type],  # type: ignore[arg-type]
             variance=self._VARIANCES[owner.variance_type],  # type: ignore[arg-type]
         )
@@ -177,7 +195,7 @@ class FusedDDPMStep(_FusedStep):
         if table is None or index is None or not self._fits(model_output, sample, table.learned_variance):
             return self._theirs(model_output, timestep, sample, generator=generator, return_dict=return_dict)
         noise = _noise_like(sample, generator) if table.row(index)["noise_scale"] else None
-        threshold = _threshold(self.owner.config)
+        threshold = self._threshold()
         following, x0 = ops.sampler_step(
             sample, model_output, table, index, threshold=threshold, noise=noise, return_x0=True
         )
@@ -188,7 +206,8 @@ class FusedDDIMStep(_FusedStep):
     """DDIMScheduler, with any eta."""
 
     original = DDIMScheduler
-    made_of = ("timesteps", "alphas_cumprod", "num_inference_steps")
+    made_of = ("timesteps", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps")
+    limits = ("thresholding", "clip_sample")
 
     def _make(self, eta: float, clipped: bool) -> StepTable:
         owner = self.owner
@@ -236,7 +255,7 @@ class FusedDDIMStep(_FusedStep):
         noise = None
         if eta > 0:
             noise = _noise_like(sample, generator) if variance_noise is None else variance_noise
-        threshold = _threshold(self.owner.config)
+        threshold = self._threshold()
         following, x0 = ops.sampler_step(
             sample, model_output, table, index, threshold=threshold, noise=noise, return_x0=True
         )
@@ -252,6 +271,7 @@ class FusedDPMSolverStep(_FusedStep):
 
     original = DPMSolverMultistepScheduler
     made_of = ("timesteps", "sigmas")
+    limits = ("thresholding",)
 
     @classmethod
     def why_left(cls, owner: Any) -> str | None:
@@ -293,6 +313,12 @@ class FusedDPMSolverStep(_FusedStep):
             and previous.device == sample.device
         )
 
+    def _fits_noise(self, noise: Any, sample: Tensor) -> bool:
+        """Whether the scheduler would draw noise of this shape itself; it multiplies by whatever it is given."""
+        if noise is None or self.owner.config.algorithm_type != "sde-dpmsolver++":
+            return True
+        return isinstance(noise, Tensor) and is_plain(noise) and noise.shape == sample.shape
+
     def __call__(
         self,
         model_output: Any,
@@ -307,7 +333,8 @@ class FusedDPMSolverStep(_FusedStep):
         # A model with variance channels: diffusers leaves out all but the first three.
         learned = config.variance_type in _LEARNED and config.prediction_type == "epsilon"
         learned = learned and isinstance(model_output, Tensor) and model_output.shape[1:2] == (6,)
-        if table is None or not self._fits(model_output, sample, learned) or not self._fits_previous(sample):
+        fits = self._fits(model_output, sample, learned) and self._fits_noise(variance_noise, sample)
+        if table is None or not fits or not self._fits_previous(sample) or self._is_over(timestep):
             return self._theirs(
                 model_output,
                 timestep,
@@ -316,8 +343,6 @@ class FusedDPMSolverStep(_FusedStep):
                 variance_noise=variance_noise,
                 return_dict=return_dict,
             )
-        if owner.step_index is None:
-            owner._init_step_index(timestep)
         noise = None
         if config.algorithm_type == "sde-dpmsolver++":
             if variance_noise is None:
@@ -330,7 +355,7 @@ class FusedDPMSolverStep(_FusedStep):
             model_output,
             table,
             owner.step_index + (len(owner.timesteps) if starts else 0),
-            threshold=_threshold(config),
+            threshold=self._threshold(),
             previous_x0=sample if starts else owner.model_outputs[-1],
             noise=noise,
             return_x0=True,
@@ -369,7 +394,7 @@ class FusedEulerStep(_FusedStep):
         churn = (float(s_churn), float(s_tmin), float(s_tmax), float(s_noise))
         table = self._table(churn, lambda: self._make(*churn))
         refused = isinstance(timestep, int | torch.IntTensor | torch.LongTensor) or not owner.is_scale_input_called
-        if table is None or refused or not self._fits(model_output, sample, False):
+        if table is None or refused or not self._fits(model_output, sample, False) or self._is_over(timestep):
             return self._theirs(
                 model_output,
                 timestep,
@@ -381,8 +406,6 @@ class FusedEulerStep(_FusedStep):
                 generator=generator,
                 return_dict=return_dict,
             )
-        if owner.step_index is None:
-            owner._init_step_index(timestep)
         sigma = float(owner.sigmas[owner.step_index])
         noise = _noise_like(sample, generator) if churn[0] > 0 and churn[1] <= sigma <= churn[2] else None
         # The scheduler's x0 is float32, whatever the model's dtype

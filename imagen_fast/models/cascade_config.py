@@ -65,6 +65,8 @@ class StageConfig:
             raise ValueError(f"stage {self.name!r} needs either unet or efficient_unet")
         if not self.name.isidentifier():
             raise ValueError(f"name must be a word of letters, digits and underscores, got {self.name!r}")
+        if hasattr(nn.ModuleDict(), self.name):  # which the cascade holds its U-Nets in
+            raise ValueError(f"name must not be one that torch.nn.ModuleDict uses itself, got name {self.name!r}")
         if not 0 <= self.augmentation < 1:
             raise ValueError(f"augmentation must be at least 0 and below 1, got {self.augmentation}")
         if not 1 <= self.steps <= self.train_timesteps:

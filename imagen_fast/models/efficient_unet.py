@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .layers import Attention, GroupNormSiLU, NumberEmbedding, ResnetBlock, TextCondition, TextConditioning, norm_groups
-from .unet import embed_inputs
+from .unet import check_shared, embed_inputs
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class EfficientUNetConfig:
     def __post_init__(self) -> None:
         if not self.multipliers or min(*self.multipliers, *self.blocks, self.channels, self.heads, self.groups) < 1:
             raise ValueError("channels, multipliers, blocks, heads and groups must be positive")
-        if self.channels % 2:
-            raise ValueError(f"channels must be even, for the cosines and sines of the time, got {self.channels}")
+        check_shared(self)
         if len(self.blocks) != len(self.multipliers):
             raise ValueError(f"blocks needs one number per level: {len(self.multipliers)}, got {len(self.blocks)}")
         if self.cross_attention_levels and self.text_dim is None:

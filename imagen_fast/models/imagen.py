@@ -89,12 +89,18 @@ class Imagen(nn.Module):
         # All headers are checked before the first tensor is read: U-Nets on the meta device, then the text encoder.
         unets = {}
         for stage in config.stages:
-            with torch.device("meta"):
-                unets[stage.name] = stage.build()
+            try:
+                with torch.device("meta"):
+                    unets[stage.name] = stage.build()
+            except (ValueError, RuntimeError) as error:  # PyTorch's own, of sizes beyond every memory
+                raise CheckpointError(f"{path / 'config.json'}: stage {stage.name!r}: {error}") from error
             checkpoint.check_module(unets[stage.name], path, stage.name)
         text_encoder = T5Encoder.from_pretrained(path / "text_encoder", dtype=dtype)
-        with torch.device("meta"):
-            model = cls(config, text_encoder)
+        try:
+            with torch.device("meta"):
+                model = cls(config, text_encoder)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         for name, unet in unets.items():
             checkpoint.load_module(unet, path, name, dtype)
             model.unets[name] = unet

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .layers import Attention, GroupNormSiLU, NumberEmbedding, ResnetBlock, TextCondition, TextConditioning, norm_groups
 
 if TYPE_CHECKING:
-    from .efficient_unet import EfficientUNet
+    from .efficient_unet import EfficientUNet, EfficientUNetConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class UNetConfig:
         widths = [self.channels * m for m in self.multipliers]
         if not self.multipliers or min(*widths, self.blocks, self.head_width, self.groups) < 1:
             raise ValueError("channels, multipliers, blocks, head_width and groups must be positive")
-        if self.channels % 2:
-            raise ValueError(f"channels must be even, for the cosines and sines of the time, got {self.channels}")
+        check_shared(self)
         # The lowest level has attention between its two middle blocks, wherever else there is some.
         lowest = (len(widths) - 1,) if self.attention_levels else ()
         for level in (*self.attention_levels, *lowest):
@@ -143,6 +142,20 @@ class _Step(nn.Module):
     ) -> Tensor:
         h = self.resnet(x, embedding) if skip is None else self.resnet(x, embedding, skip)
         return h if self.attention is None else self.attention(h, condition)
+
+
+def check_shared(config: UNetConfig | EfficientUNetConfig) -> None:
+    """Raise ValueError for what no U-Net's configuration may hold."""
+    if config.channels % 2:
+        raise ValueError(f"channels must be even, for the cosines and sines of the time, got {config.channels}")
+    if min(config.in_channels, config.out_channels) < 1:
+        raise ValueError(
+            f"in_channels and out_channels must be positive, got {config.in_channels} and {config.out_channels}"
+        )
+    if config.text_dim is not None and config.text_dim < 1:
+        raise ValueError(f"text_dim must be positive or None, got {config.text_dim}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {config.dropout}")
 
 
 def embed_inputs(

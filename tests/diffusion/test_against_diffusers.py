@@ -252,6 +252,38 @@ def test_dpm_solver_pp_spacings(prediction: str, spacing: str, karras: bool, dra
     follow(scheduler, table, draws)
 
 
+@pytest.mark.parametrize("final_sigma", ["zero", "sigma_min"])
+@pytest.mark.parametrize(
+    ("spacing", "karras"), [("trailing", False), ("trailing", True), ("leading", True), ("linspace", True)]
+)
+def test_dpm_solver_pp_in_as_many_steps_as_timesteps(
+    spacing: str, karras: bool, final_sigma: str, draws: Draws
+) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        num_train_timesteps=50, timestep_spacing=spacing, use_karras_sigmas=karras, final_sigmas_type=final_sigma
+    )
+    scheduler.set_timesteps(50)
+    table = StepTable.dpm_solver_pp(
+        scheduler.alphas_cumprod, steps=50, spacing=spacing, karras=karras, final_sigma=final_sigma
+    )
+    follow(scheduler, table, draws)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("n", [100, 1000])
+def test_dpm_solver_pp_rounds_karras_timesteps_as_the_scheduler_does(n: int, schedule: str) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        num_train_timesteps=n, beta_schedule=schedule, use_karras_sigmas=True
+    )
+    rounding = "down" if schedule == "squaredcos_cap_v2" else "nearest"
+    for steps in (*range(1, 30), 50, 100):
+        scheduler.set_timesteps(steps)
+        table = StepTable.dpm_solver_pp(scheduler.alphas_cumprod, steps=steps, karras=True, rounding=rounding)
+        assert list(table.timesteps) == scheduler.timesteps.tolist(), steps
+        levels = [table.row(i)["sigma"] for i in range(steps)]
+        assert levels == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-5), steps
+
+
 def test_dpm_solver_pp_that_ends_in_order_1(draws: Draws) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(euler_at_final=True, final_sigmas_type="sigma_min")
     scheduler.set_timesteps(20)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_fast.diffusion import IF_TIMESTEPS, linear_betas, spaced_timesteps, squaredcos_cap_v2
+from imagen_fast.diffusion import IF_TIMESTEPS, karras_sigmas, linear_betas, spaced_timesteps, squaredcos_cap_v2
 
 
 @pytest.mark.parametrize("schedule", [squaredcos_cap_v2, linear_betas])
@@ -101,6 +101,14 @@ def test_steps_can_be_of_numpy_and_pytorch(steps):
 def test_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         spaced_timesteps(*arguments)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+def test_karras_sigmas_begin_and_end_exactly(n):
+    sigmas = karras_sigmas(n, 0.010001, 157.4).tolist()
+    assert sigmas[0] == 157.4
+    assert n == 1 or sigmas[-1] == 0.010001
+    assert sigmas == sorted(sigmas, reverse=True)
 
 
 def test_linear_betas_reject_bad_ends():

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from imagen_fast.diffusion import StepTable, squaredcos_cap_v2
+from imagen_fast.diffusion import StepTable, linear_betas, squaredcos_cap_v2
+from imagen_fast.diffusion._variance_preserving import multistep
 from imagen_fast.reference.sampler_step import sampler_step
 
 ALPHAS = squaredcos_cap_v2(1000)
@@ -109,6 +110,43 @@ def test_v_can_start_from_pure_noise():
     assert table.row(0)["sigma"] == math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("schedule", [squaredcos_cap_v2, linear_betas])
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("sde", [False, True], ids=["ode", "sde"])
+def test_karras_levels_may_end_where_the_noise_is_already(schedule, dtype, solver_type, sde):
+    """The last step goes from sigma_min to sigma_min: the sample stays as it is, and no noise is added."""
+    for n in (2, 50, 1000):
+        for steps in (2, 3, 14, 15, 40):
+            table = StepTable.dpm_solver_pp(
+                schedule(n).to(dtype),
+                steps=min(steps, n),
+                sde=sde,
+                solver_type=solver_type,
+                karras=True,
+                final_sigma="sigma_min",
+            )
+            assert table.rows.isfinite().all()
+            last = table.row(len(table) - 1)
+            names = ("next_from_sample", "next_from_x0", "next_from_previous_x0", "noise_scale")
+            assert [last[name] for name in names] == [1, 0, 0, 0]
+
+
+def test_noise_that_rises_by_rounding_adds_none():
+    table = StepTable.of_rows(
+        multistep([1, 0], [0.5, 0.1, 0.1 + 2e-17], "epsilon", order=2, sde=True, solver_type="heun", ends_low=False)
+    )
+    assert table.rows.isfinite().all()
+    assert table.row(1)["noise_scale"] == 0
+
+
+def test_ddim_may_end_in_more_noise():
+    """No noise is added then; the noise that is there is scaled."""
+    table = StepTable.ddim(ALPHAS, steps=[10], eta=1.0, final_alpha_cumprod=0.5)
+    names = ("next_from_output", "next_from_x0", "noise_scale")
+    assert [table.row(0)[name] for name in names] == pytest.approx([0.5**0.5, 0.5**0.5, 0])
+
+
 def test_rows_name_the_noise_level():
     table = StepTable.dpm_solver_pp(ALPHAS, steps=8, spacing="trailing")
     for index, timestep in enumerate(table.timesteps):
@@ -145,6 +183,11 @@ def test_uses_and_length():
         (lambda: StepTable.ddpm(TO_PURE_NOISE, steps=2, spacing="trailing"), ValueError, "pure noise"),
         (lambda: StepTable.euler(TO_PURE_NOISE, steps=2), ValueError, "pure noise"),
         (lambda: StepTable.dpm_solver_pp(TO_PURE_NOISE, steps=2), ValueError, "pure noise"),
+        (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=1000), ValueError, "between 1 and 999"),
+        (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=1000, spacing="leading"), ValueError, "between 1 and 999"),
+        (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=1001, spacing="trailing"), ValueError, "between 1 and 1000"),
+        (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=1001, karras=True), ValueError, "between 1 and 1000"),
+        (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=5, karras=True, rounding="up"), ValueError, "rounding"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).with_timesteps([1.0]), ValueError, "timesteps must be 5"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).row(5), IndexError, "index"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).row(-1), IndexError, "index"),

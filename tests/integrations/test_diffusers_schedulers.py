@@ -42,6 +42,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "dpm-1": ("DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "sigma_min"}, {}, 3),
     "dpm-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "solver_type": "heun"}, {}, 3),
     "dpm-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}, 3),
+    "dpm-sde-min": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+        {},
+        3,
+    ),
     "dpm-if": (
         "DPMSolverMultistepScheduler",
         {**COSINE, "variance_type": "learned_range", "thresholding": True},
@@ -232,6 +238,33 @@ def test_unusual_configurations_are_left_and_named(name: str, config: dict[str, 
         imagen_fast.accelerate(scheduler, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "foreign"),
+    [
+        ("dpm", {"clip_sample": True, "clip_sample_range": 1.0}),
+        ("dpm", {"clip_sample": True, "clip_sample_range": 2.0}),
+        ("dpm", {"clip_sample": True}),  # of a release that had no range yet
+        ("euler", {"clip_sample": True, "clip_sample_range": 1.0}),
+        ("euler", {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 0.5}),
+    ],
+)
+def test_limits_of_another_scheduler_are_not_its_own(
+    kind: str, foreign: dict[str, Any], steps_taken: list[int]
+) -> None:
+    """`from_config` keeps the keys of the scheduler that the configuration is from."""
+
+    def inherited() -> Any:
+        scheduler = getattr(diffusers, KINDS[kind][0]).from_config({"beta_schedule": "linear", **foreign})
+        scheduler.set_timesteps(9)
+        assert foreign.items() <= scheduler.config.items()
+        return scheduler
+
+    ours = inherited()
+    assert imagen_fast.accelerate(ours).swapped
+    assert_same(loop(ours, kind), loop(inherited(), kind))
+    assert len(steps_taken) == 9
+
+
 def test_a_subclass_is_left() -> None:
     class Mine(diffusers.DDPMScheduler):
         pass
@@ -264,6 +297,83 @@ def test_timesteps_may_be_numbers_or_other_tensors(told: Any, steps_taken: list[
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert steps_taken == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "stride"), [("ddpm", 9, 2), ("ddpm", None, 300), ("ddim", 9, 2)], ids=["ddpm", "unset", "ddim"]
+)
+def test_timesteps_may_be_a_strided_view(kind: str, steps: int | None, stride: int) -> None:
+    ours, theirs = build(kind, steps), build(kind, steps)
+    imagen_fast.accelerate(ours)
+    for scheduler in (ours, theirs):
+        scheduler.timesteps = scheduler.timesteps[::stride]
+    assert_same(loop(ours, kind), loop(theirs, kind))
+
+
+def test_another_end_of_ddim_is_seen() -> None:
+    ours, theirs = build("ddim"), build("ddim")
+    imagen_fast.accelerate(ours)
+    loop(ours, "ddim")
+    for scheduler in (ours, theirs):
+        scheduler.final_alpha_cumprod = torch.tensor(1.0)
+    assert_same(loop(ours, "ddim"), loop(theirs, "ddim"))
+
+
+@pytest.mark.parametrize("kind", ["dpm", "dpm-1", "dpm-sde", "euler"])
+def test_past_the_last_step_they_raise(kind: str) -> None:
+    ours, theirs = build(kind), build(kind)
+    imagen_fast.accelerate(ours)
+    messages = []
+    for scheduler in (theirs, ours):
+        loop(scheduler, kind)
+        with pytest.raises(IndexError) as raised:
+            loop(scheduler, kind)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_karras_on_the_cosine_schedule(steps: int, steps_taken: list[int]) -> None:
+    """Its timesteps are rounded down, and repeat: the model is told the scheduler's."""
+
+    def started() -> Any:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**COSINE, use_karras_sigmas=True)
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    ours, theirs = started(), started()
+    imagen_fast.accelerate(ours)
+    assert_same(loop(ours, "dpm"), loop(theirs, "dpm"))
+    assert len(steps_taken) == steps
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, *SHAPE[1:]), SHAPE[1:], (1,), (3, *SHAPE)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("kind", "kwargs"), [("dpm-sde", {}), ("dpm", {}), ("ddim", {"eta": 0.5})])
+def test_given_noise_may_broadcast(kind: str, kwargs: dict[str, Any], dtype: torch.dtype, shape: Any) -> None:
+    noise = randn(3, *shape).to(dtype)
+    expected, ours = build(kind), build(kind)
+    imagen_fast.accelerate(ours)
+    sample, output = randn(0, *SHAPE), randn(1, *SHAPE)
+    results = [
+        scheduler.step(output, scheduler.timesteps[4], sample, variance_noise=noise, **kwargs).prev_sample
+        for scheduler in (ours, expected)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_given_noise_of_the_samples_shape_is_used(steps_taken: list[int]) -> None:
+    expected, ours = build("dpm-sde"), build("dpm-sde")
+    imagen_fast.accelerate(ours)
+    sample, output, noise = (randn(seed, *SHAPE) for seed in range(3))
+    results = [
+        scheduler.step(output, scheduler.timesteps[4], sample, variance_noise=noise.double()).prev_sample
+        for scheduler in (ours, expected)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert len(steps_taken) == 1
 
 
 def test_a_pipelines_scheduler_is_accelerated_with_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -201,6 +202,11 @@ def _truncate(path):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _other_text_encoder(path):
+    config = T5Config(vocab_size=384, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5Encoder(config).save_pretrained(path / "text_encoder")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -211,6 +217,11 @@ def _truncate(path):
         (_edit_config(lambda c: c.update(format=9)), "format"),
         (_edit_config(lambda c: c["stages"][0]["unet"].update(channels="many")), "channels"),
         (_edit_config(lambda c: c["stages"][0].update(steps=0)), "steps"),
+        (_edit_config(lambda c: c["stages"][0]["unet"].update(dropout=1.5)), r"config\.json.* dropout"),
+        (_edit_config(lambda c: c["stages"][0]["unet"].update(out_channels=-3)), r"config\.json.* out_channels"),
+        (_edit_config(lambda c: c["stages"][0]["unet"].update(channels=2**45)), r"config\.json: stage 'base'"),
+        (_edit_config(lambda c: c["stages"][0].update(name="keys")), r"config\.json.* name 'keys'"),
+        (_other_text_encoder, r"model.*: stage 'base' reads text of width 16, the encoder gives 24"),
         (_edit_tensors(lambda t: t.update({"conv_in.weight": t["conv_in.weight"][:, :5].clone()})), "conv_in.weight"),
         (_edit_tensors(lambda t: t.pop("conv_out.bias")), "conv_out.bias"),
         (_edit_tensors(lambda t: t.update(extra=torch.ones(1))), "extra"),
@@ -224,6 +235,11 @@ def _truncate(path):
         "format",
         "type",
         "range",
+        "dropout",
+        "channels",
+        "size",
+        "name",
+        "text-width",
         "shape",
         "missing-tensor",
         "extra-tensor",
@@ -273,6 +289,21 @@ def test_saving_again_keeps_the_model_card_and_what_is_not_its_own(imagen, tmp_p
 def test_the_text_encoder_must_fit():
     with pytest.raises(ValueError, match="width 24"):
         Imagen(ImagenConfig.small(text_dim=24), T5Encoder(T5Config.preset("tiny_bytes")))
+
+
+@pytest.mark.parametrize("name", ["keys", "pop", "training", "forward", "base-1", ""])
+def test_stage_config_rejects_a_name(imagen, name):
+    with pytest.raises(ValueError, match=f"name.* {name!r}"):
+        dataclasses.replace(imagen.config.stages[0], name=name)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_saved_with_the_cascade(imagen, tmp_path, monkeypatch):
+    imagen.save_pretrained(tmp_path / "model")
+    vocabulary = tmp_path / "model" / "text_encoder" / "spiece.model"
+    vocabulary.write_bytes(b"its bytes")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # makes its import fail
+    Imagen.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
+    assert vocabulary.read_bytes() == b"its bytes"
 
 
 @pytest.mark.parametrize("stages", [(), "swapped", "doubled"])

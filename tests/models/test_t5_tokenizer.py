@@ -225,8 +225,27 @@ def test_a_package_that_is_not_installed_is_named(
     loaded = T5Encoder.from_pretrained(tmp_path / "t5", tokenizer=directory)
     assert isinstance(loaded.tokenizer, MissingTokenizer)
     assert loaded(torch.tensor([[5, 1]])).isfinite().all(), "token ids need no tokenizer"
-    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'imagen-fast\[text\]'"):
+    message = rf"needs the package {package}: pip install 'imagen-fast\[text\]'"
+    with pytest.raises(ModuleNotFoundError, match=message) as raised:
         loaded.encode("a cat")
+    assert raised.value.name == package
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "sentencepiece"])
+def test_a_tokenizer_that_cannot_be_read_is_saved_all_the_same(
+    package, json_directory, spiece_directory, tmp_path, monkeypatch, encoder
+):
+    directory = json_directory if package == "tokenizers" else spiece_directory
+    encoder.save_pretrained(tmp_path)
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if "safetensors" not in path.name}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, package, None)
+        T5Encoder.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if "safetensors" not in path.name} == before
+    assert T5Encoder.from_pretrained(tmp_path).tokenizer("a cat").mask.all()
 
 
 def test_the_other_file_serves_where_a_package_is_missing(json_directory, spiece_directory, tmp_path, monkeypatch):

@@ -113,6 +113,17 @@ def test_the_papers_sizes_are_those_of_the_readme(stage):
     assert int(difference.replace("−", "-")) == round(100 * (ratio - 1))
 
 
+SHARED_MISTAKES = [
+    ({"channels": 17}, "even"),
+    ({"text_dim": 0}, "text_dim must be positive or None, got 0"),
+    ({"in_channels": 0}, "in_channels and out_channels must be positive"),
+    ({"out_channels": -1}, "in_channels and out_channels must be positive"),
+    ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+    ({"dropout": -0.1}, "dropout"),
+    ({"dropout": float("nan")}, "dropout"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -121,8 +132,8 @@ def test_the_papers_sizes_are_those_of_the_readme(stage):
         ({"head_width": 7}, "head_width"),
         ({"head_width": 0}, "head_width"),
         ({"groups": 0}, "groups"),
-        ({"channels": 17}, "even"),
         ({"multipliers": (2, 1), "attention_levels": (0,), "head_width": 32}, "level 1's 16 channels"),
+        *SHARED_MISTAKES,
     ],
 )
 def test_base_config_rejects(change, message):
@@ -139,8 +150,8 @@ def test_base_config_rejects(change, message):
         ({"heads": 5}, "heads"),
         ({"heads": 0}, "heads"),
         ({"groups": 0}, "groups"),
-        ({"channels": 17}, "even"),
         ({"blocks": (1, 0)}, "blocks"),
+        *SHARED_MISTAKES,
     ],
 )
 def test_efficient_config_rejects(change, message):

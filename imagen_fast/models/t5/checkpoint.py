@@ -12,6 +12,7 @@ from ...config import read_json
 from ...files import atomic_directory
 from .. import checkpoint
 from .config import T5Config
+from .tokenizer import FILES as TOKENIZER_FILES
 
 # Ours -> Hugging Face's, applied in this order.
 _RENAMES = (
@@ -29,7 +30,7 @@ _OTHER_NAMES = {"shared.weight": "encoder.embed_tokens.weight"}
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checkpoint.FLOATING.values()}
 
-WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "spiece.model")
+WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def huggingface_name(name: str) -> str:

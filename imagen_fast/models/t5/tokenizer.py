@@ -17,6 +17,8 @@ from ...errors import CheckpointError
 
 Padding = Literal["longest", "max_length"]
 
+FILES = ("tokenizer*.json", "spiece.model")  # patterns of their names
+
 
 class TokenIds(NamedTuple):
     """What a tokenizer returns: `input_ids` (B, L) int64 and `mask` (B, L) bool, True for tokens of the sentence."""
@@ -145,7 +147,7 @@ class JsonTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face, read by the package `tokenizers`.
 
     Raises:
-        ImportError: `tokenizers` is not installed.
+        ModuleNotFoundError: `tokenizers` is not installed.
         CheckpointError: the file cannot be read, or knows no `</s>` and `<pad>`.
     """
 
@@ -182,7 +184,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A spiece.model, read by the package `sentencepiece` (0.2.3 or later).
 
     Raises:
-        ImportError: `sentencepiece` is not installed.
+        ModuleNotFoundError: `sentencepiece` is not installed.
         CheckpointError: the file cannot be read, or knows no `</s>` and `<pad>`.
     """
 
@@ -212,15 +214,24 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class MissingTokenizer(Tokenizer):
-    """Stands for a tokenizer whose package is not installed: the encoder can be used with token ids, and the first
-    prompt raises the `ImportError` that says what to install."""
+    """Stands for a tokenizer whose package is not installed: the encoder can be used with token ids and saved, and the
+    first prompt raises the `ModuleNotFoundError` that says what to install.
 
-    def __init__(self, error: ImportError) -> None:
+    Raises:
+        CheckpointError: a file of the tokenizer cannot be read.
+    """
+
+    def __init__(self, error: ModuleNotFoundError, directory: Path) -> None:
         self.vocab_size = 0
-        self.reason = str(error)
+        self.reason, self.package = str(error), error.name
+        paths = sorted(path for pattern in FILES for path in directory.glob(pattern) if path.is_file())
+        self._files = {path.name: _read_bytes(path) for path in paths}
 
     def tokenize(self, prompt: str) -> Tokens:
-        raise ImportError(self.reason)
+        raise ModuleNotFoundError(self.reason, name=self.package)
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
 
 
 _TOKENIZER_FILES: dict[str, Callable[[Path], Tokenizer]] = {
@@ -237,15 +248,15 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     Raises:
         CheckpointError: a file cannot be used.
     """
-    missing: ImportError | None = None
+    missing: ModuleNotFoundError | None = None
     for file_name, tokenizer in _TOKENIZER_FILES.items():
         if (directory / file_name).is_file():
             try:
                 return tokenizer(directory / file_name)
-            except ImportError as error:
+            except ModuleNotFoundError as error:
                 missing = missing or error
     if missing is not None:
-        return MissingTokenizer(missing)
+        return MissingTokenizer(missing, directory)
     config = directory / "tokenizer_config.json"
     if config.is_file() and read_json(config).get("tokenizer_class") == "ByT5Tokenizer":
         return ByteTokenizer()
@@ -286,8 +297,17 @@ def _special_token(path: Path, name: str, token: int | None) -> int:
     return token
 
 
-def _missing_package(path: Path, package: str) -> ImportError:
-    return ImportError(f"reading {path} needs the package {package}: pip install 'imagen-fast[text]'")
+def _missing_package(path: Path, package: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"reading {path} needs the package {package}: pip install 'imagen-fast[text]'", name=package
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _json(values: dict[str, Any]) -> bytes:
