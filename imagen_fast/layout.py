@@ -96,9 +96,14 @@ def has_dense_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
+def has_inner_first(x: Tensor) -> bool:
+    """Whether x (outer, inner, C) is in memory as (inner, outer, C). What is expanded, with a stride of 0, is not."""
+    return 0 < x.stride(0) < x.stride(1)
+
+
 def dense_rows_like(y: Tensor, x: Tensor) -> Tensor:
     """y in the layout that the results of an op on the rows of x have; both are of one shape."""
-    if x.dim() == 3 and has_dense_rows(x) and x.stride(0) < x.stride(1):
+    if x.dim() == 3 and has_dense_rows(x) and has_inner_first(x):
         return y.transpose(0, 1).contiguous().transpose(0, 1)
     return y.contiguous()
 
@@ -106,6 +111,6 @@ def dense_rows_like(y: Tensor, x: Tensor) -> Tensor:
 def empty_rows_like(x: Tensor, width: int) -> Tensor:
     """The same without data, for x (outer, inner, C) and rows of `width`."""
     outer, inner, _ = x.shape
-    if x.stride(0) < x.stride(1):
+    if has_inner_first(x):
         return x.new_empty((inner, outer, width)).transpose(0, 1)
     return x.new_empty((outer, inner, width))

@@ -41,14 +41,15 @@ class GroupNormAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_groups < 1 or num_channels % num_groups:
+        num_groups = integer("num_groups", num_groups, minimum=1)
+        num_channels = integer("num_channels", num_channels, minimum=1)
+        if num_channels % num_groups:
             raise ValueError(f"num_groups must divide num_channels = {num_channels}, got {num_groups}")
         one_of("activation", activation, tuple(ACTIVATIONS))
-        not_negative("eps", eps)
         self.num_groups = num_groups
         self.num_channels = num_channels
         self.activation = activation
-        self.eps = eps
+        self.eps = not_negative("eps", eps)
         self.affine = affine
         if affine:
             self.weight = nn.Parameter(torch.empty(num_channels, device=device, dtype=dtype))
@@ -116,7 +117,7 @@ class ChannelRMSNormAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        integer("num_channels", num_channels, minimum=1)
+        num_channels = integer("num_channels", num_channels, minimum=1)
         one_of("activation", activation, tuple(ACTIVATIONS))
         self.num_channels = num_channels
         self.activation = activation
@@ -158,10 +159,9 @@ class AddRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        integer("channels", channels, minimum=1)
-        not_negative("eps", eps)
+        channels = integer("channels", channels, minimum=1)
         self.channels = channels
-        self.eps = eps
+        self.eps = not_negative("eps", eps)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -170,7 +170,10 @@ class AddRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x (..., channels); with a residual like x, that of their sum, and the sum."""
+        """The norm of x (..., channels); with a residual like x, that of their sum, and the sum.
+
+        Under autocast a residual of another dtype than x's, as a residual stream is there, widens both.
+        """
         return ops.rms_norm(x, self.weight, residual=residual, eps=self.eps)
 
     def extra_repr(self) -> str:

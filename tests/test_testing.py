@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from imagen_fast import backends
+from imagen_fast import _native, backends, ops, use_backend
+from imagen_fast.diffusion import StepTable, squaredcos_cap_v2
 from imagen_fast.testing import (
     assert_as_accurate,
     assert_model_as_accurate,
@@ -14,6 +16,8 @@ from imagen_fast.testing import (
     assert_sampling_as_accurate,
     sampling_error,
 )
+
+needs_library = pytest.mark.skipif(_native.unavailable_reason() is not None, reason="the C++ library is not built")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -179,7 +183,7 @@ class TestAssertSamplingAsAccurate:
         ours[which] += 0.4 * (self.eager - self.truth)[which]
         worse[which] += 1.6 * (self.eager - self.truth)[which]
         assert_sampling_as_accurate(ours, self.eager, self.truth)
-        with pytest.raises(AssertionError, match="samples are less accurate .* geometric mean over 16"):
+        with pytest.raises(AssertionError, match=r"samples are less accurate .* geometric mean over 16"):
             assert_sampling_as_accurate(worse, self.eager, self.truth)
 
     def test_rejects_a_few_wrong_samples(self) -> None:
@@ -216,6 +220,51 @@ class TestAssertOpAsAccurate:
     def test_names_wrong_strides(self) -> None:
         with pytest.raises(AssertionError, match="strides"):
             assert_op_as_accurate(wrong, torch.randn(3, 5), torch.randn(5), fault="strides")
+
+
+class TestOpsWithoutABackwardPass:
+    """Their kernels run where no gradient is asked for, so that their results alone can be compared."""
+
+    TABLE = StepTable.ddim(squaredcos_cap_v2(1000), steps=6, eta=0.5)
+
+    def test_accepts_a_right_kernel(self, backend: str) -> None:
+        sample, output, noise = (torch.randn(2, 3, 5, 4) for _ in range(3))
+        assert_op_as_accurate(ops.sampler_step, sample, output, self.TABLE, 1, noise=noise, return_x0=True)
+        assert_op_as_accurate(ops.abs_quantile, sample, 0.9)
+
+    @needs_library
+    @pytest.mark.parametrize("name", ["auto", "cpu"])
+    @pytest.mark.parametrize("op", ["sampler_step", "abs_quantile"])
+    def test_names_the_wrong_result_of_a_kernel(self, monkeypatch: pytest.MonkeyPatch, name: str, op: str) -> None:
+        x, module = torch.randn(2, 3, 5, 4), sys.modules[f"imagen_fast.ops.{op}"]
+        right = module._cpu
+
+        def wrong(*arguments: object) -> object:
+            result = right(*arguments)
+            return result + 1e-3 if op == "abs_quantile" else (result[0] + 1e-3, result[1])
+
+        monkeypatch.setattr(module, "_cpu", wrong)
+        with use_backend(name), pytest.raises(AssertionError, match=f"result 0 of {op}"):
+            if op == "abs_quantile":
+                assert_op_as_accurate(ops.abs_quantile, x, 0.9)
+            else:
+                assert_op_as_accurate(ops.sampler_step, x, x, self.TABLE, 1, seed=0)
+
+    def test_a_tensor_that_does_not_matter_has_a_gradient_of_zero(self) -> None:
+        x = torch.randn(2, 3, 5, 4)
+        with use_backend("eager"):
+            assert_op_as_accurate(ops.sampler_step, x, x, self.TABLE, 1, noise=x, previous_x0=x)
+        assert_op_as_accurate(ignores, x, torch.randn(3))
+        with pytest.raises(AssertionError, match="gradient of gain of ignores"):
+            assert_op_as_accurate(ignores, x, torch.randn(3), on_eager=False)
+
+
+def ignores(x: Tensor, gain: Tensor, on_eager: bool = True) -> Tensor:
+    """Of the second tensor nothing comes through; or, on eager, a gradient."""
+    y = 2 * x
+    if not on_eager and backends._state.selection.backend == "eager":
+        y = y + (gain - gain.detach()).sum()
+    return y
 
 
 def wrong(x: Tensor, gain: Tensor, fault: str) -> Tensor:

@@ -42,7 +42,7 @@ inline Bias tensor_bias(const Problem& p, const Optional& bias) {
   for (int i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[i], "attention: bias must broadcast to ", full[0],
                     " x ", full[1], " x ", full[2], " x ", full[3]);
-    if (bias->size(i) > 1) strides[i] = bias->stride(i);
+    if (bias->size(i) > 1 && bias->numel() > 0) strides[i] = bias->stride(i);
   }
   STD_TORCH_CHECK(strides[3] <= 1 && strides[3] >= 0, "attention: the last dimension of bias must be dense");
   return {bias->const_data_ptr(), dtype_of(*bias), strides[0], strides[1], strides[2], strides[3]};
@@ -98,9 +98,11 @@ inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const 
   p.bias = tensor_bias(p, bias);
   p.relative = relative_bias(p, table, buckets);
   if (key_mask) {
-    STD_TORCH_CHECK(has_sizes(*key_mask, {p.batch, p.keys()}) && (p.keys() <= 1 || key_mask->stride(1) == 1) &&
+    const bool dense = p.keys() <= 1 || key_mask->stride(1) == 1 || key_mask->numel() == 0;
+    STD_TORCH_CHECK(has_sizes(*key_mask, {p.batch, p.keys()}) && dense &&
                         key_mask->scalar_type() == torch::headeronly::ScalarType::Bool,
-                    "attention: key_mask must be bool of shape (", p.batch, ", ", p.keys(), ")");
+                    "attention: key_mask must be bool of shape (", p.batch, ", ", p.keys(),
+                    "), with the last dimension dense");
     p.key_mask = static_cast<const bool*>(key_mask->const_data_ptr());
     p.key_mask_stride = key_mask->stride(0);
   }

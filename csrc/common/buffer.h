@@ -5,6 +5,14 @@
 #include <cstdlib>
 #include <type_traits>
 
+namespace imagen_fast {
+
+// Raises a Python error. It may be called in the body of a parallel_for, which passes the exception on.
+[[noreturn]] void raise_out_of_memory(size_t bytes);
+
+}  // namespace imagen_fast
+
+#ifdef IMAGEN_FAST_ISA
 namespace imagen_fast::IMAGEN_FAST_ISA {
 
 // n uninitialised elements, aligned to a cache line, freed at the end of the scope.
@@ -14,7 +22,7 @@ class Buffer {
 
  public:
   explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, bytes(n)))) {
-    if (!data_) std::abort();  // out of memory for a few kilobytes
+    if (!data_) raise_out_of_memory(bytes(n));
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
@@ -30,3 +38,4 @@ class Buffer {
 };
 
 }  // namespace imagen_fast::IMAGEN_FAST_ISA
+#endif

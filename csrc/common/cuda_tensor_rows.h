@@ -21,7 +21,7 @@ inline Tensor uninitialized_rows_on(const Tensor& x, int64_t width) {
   const int64_t sizes[] = {x.size(0), x.size(1), width};
   const int64_t outer_first[] = {x.size(1) * width, width, 1};
   const int64_t inner_first[] = {width, x.size(0) * width, 1};
-  return uninitialized_on(x, {sizes, 3}, {x.stride(0) < x.stride(1) ? inner_first : outer_first, 3}, dtype_code(x));
+  return uninitialized_on(x, {sizes, 3}, {has_inner_first(x) ? inner_first : outer_first, 3}, dtype_code(x));
 }
 
 // (size,) of x's dtype unless another is given

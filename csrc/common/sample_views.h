@@ -6,8 +6,10 @@
 
 namespace imagen_fast {
 
-// The stride of the positions (all dimensions from the third on) of x, or -1 if they do not have a single one.
+// The stride of the positions (all dimensions from the third on) of x, or -1 if they do not have a single one. Any
+// strides serve where there are no elements.
 inline int64_t position_stride(const Tensor& x) {
+  if (x.numel() == 0) return 1;
   int64_t stride = 0;
   int64_t expected = 0;
   for (int64_t i = x.dim() - 1; i >= 2; --i) {

@@ -22,12 +22,16 @@ inline RowViews rows_like(const char* op, const char* name, const Tensor& y, con
 
 inline MutableRowViews mutable_rows(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1)}; }
 
+// Whether x is in memory as (inner, outer, width). Rows that are expanded, with a stride of 0, are not. (Likewise
+// `imagen_fast.layout.has_inner_first`.)
+inline bool has_inner_first(const Tensor& x) { return 0 < x.stride(0) && x.stride(0) < x.stride(1); }
+
 // Of x's dtype, its first two sizes and their order in memory; dense. (`imagen_fast.layout.empty_rows_like`)
 inline Tensor uninitialized_rows_like(const Tensor& x, int64_t width) {
   const int64_t sizes[] = {x.size(0), x.size(1), width};
   const int64_t outer_first[] = {x.size(1) * width, width, 1};
   const int64_t inner_first[] = {width, x.size(0) * width, 1};
-  return uninitialized({sizes, 3}, {x.stride(0) < x.stride(1) ? inner_first : outer_first, 3}, dtype_code(x));
+  return uninitialized({sizes, 3}, {has_inner_first(x) ? inner_first : outer_first, 3}, dtype_code(x));
 }
 
 }  // namespace imagen_fast

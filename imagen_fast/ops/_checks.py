@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ from ..backends import nearest
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BESIDE_EACH_OTHER = FLOATING[:3]
+
+# NumPy's scalars are registered as such; the first ones are found faster.
+_INTEGERS = (int, torch.SymInt, numbers.Integral)
+_NUMBERS = (float, int, numbers.Real)
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -23,10 +29,13 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {x.layout}")
 
 
-def parameter(name: str, p: Tensor, x: Tensor, x_name: str = "x") -> None:
-    """p may stand beside x: on its device, and of its dtype, or any two of 16 and 32 bits."""
+def parameter(name: str, p: Tensor, x: Tensor, x_name: str = "x", *, required: bool = False) -> None:
+    """p may stand beside x: on its device, and of its dtype, or any two of 16 and 32 bits.
+
+    `required` is for the message: whether None, which is no parameter here, is no argument either.
+    """
     if not isinstance(p, Tensor):
-        raise TypeError(f"{name} must be a tensor or None, got {type(p).__name__}")
+        raise TypeError(f"{name} must be a tensor{'' if required else ' or None'}, got {type(p).__name__}")
     if p.dtype != x.dtype and not (p.dtype in _BESIDE_EACH_OTHER and x.dtype in _BESIDE_EACH_OTHER):
         needed = "float64" if x.dtype == torch.float64 else "float16, bfloat16 or float32"
         article = "an" if x_name == "x" else "a"
@@ -48,34 +57,48 @@ def alike(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have the shape of {x_name}, {tuple(x.shape)}, got {tuple(y.shape)}")
 
 
-def integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
+def plain_integer(value: Any) -> int:
+    """An integer as Python's (or, of a traced size, as it is)."""
+    return value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return plain_integer(value)
 
 
-def not_negative(name: str, value: float) -> None:
-    if not isinstance(value, float | int) or isinstance(value, bool):
+def number(name: str, value: Any) -> float:
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < math.inf:
+    return float(value)
+
+
+def not_negative(name: str, value: Any) -> float:
+    if not 0 <= number(name, value) < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    if not 0 <= number(name, value) <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return float(value)
 
 
 def one_of(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
-    if value not in known:
+    if not isinstance(value, str | None) or value not in known:
         names = [option for option in known if option is not None]
         raise ValueError(f"unknown {name} {value!r}; {nearest(str(value), names)}{' or None' if None in known else ''}")
-
-
-def probability(name: str, value: float) -> None:
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-
-
-def number(name: str, value: float) -> float:
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)

@@ -20,9 +20,9 @@ def check_x(x: Tensor) -> None:
         raise ValueError(f"x must have 2 to 5 dimensions (B, C, positions...), got shape {tuple(x.shape)}")
 
 
-def check_per_channel(name: str, parameter: Tensor, x: Tensor) -> None:
+def check_per_channel(name: str, parameter: Tensor, x: Tensor, *, required: bool = False) -> None:
     """The parameter is (C,)."""
-    _checks.parameter(name, parameter, x)
+    _checks.parameter(name, parameter, x, required=required)
     channels = x.shape[1]
     if parameter.shape != (channels,):
         flatten = f"; pass {name}.flatten()" if parameter.dim() > 1 and parameter.numel() == channels else ""
@@ -49,7 +49,7 @@ def _broadcasts(shape: torch.Size, batch: int, channels: int) -> bool:
 
 
 def check_activation(activation: str | None) -> None:
-    if activation not in ACTIVATION_CODES:
+    if not isinstance(activation, str | None) or activation not in ACTIVATION_CODES:
         _checks.one_of("activation", activation, tuple(ACTIVATION_CODES))
 
 

@@ -34,8 +34,7 @@ def _check(x: Tensor, q: float) -> _Call:
         raise ValueError(f"x must have at least 2 dimensions (B, ...), got shape {tuple(x.shape)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"x must have values in each sample, got shape {tuple(x.shape)}")
-    _checks.probability("q", q)
-    return _Call(x, float(q))
+    return _Call(x, _checks.probability("q", q))
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")

@@ -43,7 +43,7 @@ def _check(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor 
     if alphas_cumprod.dim() != 1 or alphas_cumprod.shape[0] == 0:
         raise ValueError(f"alphas_cumprod must have shape (n,), got {tuple(alphas_cumprod.shape)}")
     if not isinstance(timesteps, Tensor):
-        _checks.integer("timesteps", timesteps, minimum=0)
+        timesteps = _checks.integer("timesteps", timesteps, minimum=0)
         if timesteps >= alphas_cumprod.shape[0]:
             raise ValueError(f"timesteps must be less than {alphas_cumprod.shape[0]}, got {timesteps}")
         timesteps = torch.full(x0.shape[:1], timesteps, dtype=torch.int64, device=x0.device)

@@ -84,12 +84,12 @@ def _check(
         _checks.alike("context_v", context_v, "context_k", context_k)
         keys = context_k.shape[2] + keys
     if isinstance(bias, RelativePositionBias):
-        _check_position_bias(bias, q)
+        bias = _check_position_bias(bias, q)
     elif bias is not None:
         _check_bias(bias, q, keys)
     if key_mask is not None:
         _check_key_mask(key_mask, q, keys)
-    _check_scale(scale)
+    scale = _check_scale(scale)
     _check_together("q_scale", q_scale, "k_scale", k_scale)
     for name, vector in (("q_scale", q_scale), ("k_scale", k_scale)):
         if vector is not None:
@@ -124,9 +124,9 @@ def _check_together(first: str, x: Tensor | None, second: str, y: Tensor | None)
         raise ValueError(f"{missing} must be given together with {given}, got None")
 
 
-def _check_position_bias(bias: RelativePositionBias, q: Tensor) -> None:
+def _check_position_bias(bias: RelativePositionBias, q: Tensor) -> RelativePositionBias:
     table, bidirectional, max_distance = bias
-    _checks.parameter("bias.table", table, q, "q")
+    _checks.parameter("bias.table", table, q, "q", required=True)
     if table.dim() != 2 or table.shape[1] != q.shape[1]:
         raise ValueError(
             f"bias.table must have shape (buckets, {q.shape[1]}), with a column for each head of q, "
@@ -141,7 +141,8 @@ def _check_position_bias(bias: RelativePositionBias, q: Tensor) -> None:
             f"bias.table must have at least {2 * directions} rows (buckets) if bidirectional is {bidirectional}, "
             f"got {table.shape[0]}"
         )
-    _checks.integer("bias.max_distance", max_distance, minimum=exact + 1)
+    max_distance = _checks.integer("bias.max_distance", max_distance, minimum=exact + 1)
+    return RelativePositionBias(table, bidirectional, max_distance)
 
 
 def _check_bias(bias: Tensor, q: Tensor, keys: int) -> None:
@@ -174,13 +175,14 @@ def _check_key_mask(key_mask: Tensor, q: Tensor, keys: int) -> None:
         )
 
 
-def _check_scale(scale: float | None) -> None:
+def _check_scale(scale: float | None) -> float | None:
     if scale is None:
-        return
-    if not isinstance(scale, float | int) or isinstance(scale, bool):
+        return None
+    if not _checks.is_number(scale):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale!r}")
+    return float(scale)
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
@@ -213,7 +215,7 @@ def _operator_arguments(call: _Call) -> tuple[Any, ...]:
         None if key_mask is None else with_dense_rows(key_mask),
         q_scale,
         k_scale,
-        q.shape[3] ** -0.5 if scale is None else float(scale),
+        q.shape[3] ** -0.5 if scale is None else scale,
     )
 
 
@@ -242,11 +244,14 @@ def _run_cuda(call: _Call) -> Tensor:
 
 
 def _notes(call: _Call) -> list[str]:
-    return [
+    notes = [
         f"{name} will be copied: its last dimension is not dense"
-        for name in ("q", "k", "v", "context_k", "context_v", "bias")
-        if isinstance(x := getattr(call, name), Tensor) and x.dim() and not has_dense_rows(x)
+        for name in ("q", "k", "v", "context_k", "context_v", "bias", "key_mask", "q_scale", "k_scale")
+        if isinstance(x := getattr(call, name), Tensor) and x.dim() and x.numel() and not has_dense_rows(x)
     ]
+    if isinstance(call.bias, RelativePositionBias) and not call.bias.table.is_contiguous():
+        notes.append("bias.table will be copied: it is not contiguous")
+    return notes
 
 
 @_triton.once

@@ -54,7 +54,7 @@ def _check(
     _norms.check_x(x)
     if x.shape[1] == 0:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
-    _norms.check_per_channel("weight", weight, x)
+    _norms.check_per_channel("weight", weight, x, required=True)
     for name, parameter in (("scale", scale), ("shift", shift)):
         if parameter is not None:
             _norms.check_per_sample(name, parameter, x)

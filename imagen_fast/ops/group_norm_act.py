@@ -54,7 +54,7 @@ def _check(
 ) -> _Call:
     _norms.check_x(x)
     channels = x.shape[1]
-    _checks.integer("num_groups", num_groups, minimum=1)
+    num_groups = _checks.integer("num_groups", num_groups, minimum=1)
     if channels == 0 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -64,7 +64,7 @@ def _check(
         if parameter is not None:
             _norms.check_per_sample(name, parameter, x)
     _norms.check_activation(activation)
-    _checks.not_negative("eps", eps)
+    eps = _checks.not_negative("eps", eps)
     return _Call(x, num_groups, weight, bias, scale, shift, activation, eps)
 
 

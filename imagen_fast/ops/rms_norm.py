@@ -42,15 +42,27 @@ class _Call(NamedTuple):
 
 def _check(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> _Call:
     _checks.floating("x", x)
+    if isinstance(residual, Tensor) and residual.dtype != x.dtype:
+        x, residual = _autocast(x, residual)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
-    _checks.parameter("weight", weight, x)
+    _checks.parameter("weight", weight, x, required=True)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape ({x.shape[-1]},), the last size of x, got {tuple(weight.shape)}")
     if residual is not None:
         _checks.alike("residual", residual, "x", x)
-    _checks.not_negative("eps", eps)
+    eps = _checks.not_negative("eps", eps)
     return _Call(x, weight, residual, eps)
+
+
+def _autocast(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """As autocast, which leaves additions alone, lets PyTorch treat the terms of `x + residual`."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x, residual
+    _checks.floating("residual", residual)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(dtype), residual.to(dtype)
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")
@@ -151,7 +163,7 @@ def _define_triton() -> None:
 def _run(forward: Callable[..., Any], call: _Call) -> Tensor | tuple[Tensor, Tensor]:
     x, weight, residual, eps = call
     residual_rows = None if residual is None else rows(residual)
-    y, summed, _ = run_operator(forward, rows(x), weight.contiguous(), residual_rows, float(eps))
+    y, summed, _ = run_operator(forward, rows(x), weight.contiguous(), residual_rows, eps)
     if x.dim() != 3:
         y = y.view(x.shape)
         summed = summed if residual is None else summed.view(x.shape)
@@ -213,17 +225,18 @@ def rms_norm(
     This is T5's layer norm. Statistics are in float32 (float64 for float64). Gradients flow to every tensor and are
     deterministic. On the `eager` backend alone it can be differentiated twice.
 
-    Under autocast x keeps its dtype and the weight is used as it is.
+    Under autocast x keeps its dtype and the weight is used as it is; x and a residual of another dtype are cast to the
+    wider of the two, as by `x + residual`.
 
     Args:
         x: (..., C), float16, bfloat16, float32 or float64. Rows (the last dimension) must be dense, and up to two
             dimensions of them may have any strides; else x is copied (`imagen_fast.explain` says so).
         weight: (C,), of any dtype of 16 or 32 bits beside an x of 16 or 32 bits, and float64 beside float64.
-        residual: of the shape and dtype of x, added to it first, or None.
+        residual: of the shape and (but for autocast) the dtype of x, added to it first, or None.
         eps: added to the mean square; not negative.
 
     Returns:
-        y, of the shape and dtype of x; with a residual (y, x + residual), the second rounded to x's dtype before it is
+        y, of the shape and dtype of x; with a residual (y, x + residual), the second rounded to its dtype before it is
         normalised. Dense, with the last dimension innermost.
 
     Raises:

@@ -65,19 +65,17 @@ def _check(
     if not 2 <= sample.dim() <= 5:
         raise ValueError(f"sample must have 2 to 5 dimensions (B, C, positions...), got shape {tuple(sample.shape)}")
     _check_table(table)
-    _check_output("output", output, sample)
+    _check_output("output", output, sample, table, required=True)
     if table.learned_variance and output.shape[1] != 2 * sample.shape[1]:
         raise ValueError(
             f"output must have {2 * sample.shape[1]} channels, twice sample's, for this table's learned variance, "
             f"got {output.shape[1]}"
         )
     if unconditional_output is not None:
-        _check_output("unconditional_output", unconditional_output, sample)
-    _check_index(index, table, sample)
-    if not isinstance(guidance, Guidance):
-        guidance = _NO_GUIDANCE if guidance == 1.0 else Guidance(_checks.number("guidance", guidance))
-    if threshold is not None and threshold != "static" and not isinstance(threshold, DynamicThreshold):
-        raise ValueError(f"threshold must be None, 'static' or a DynamicThreshold, got {threshold!r}")
+        _check_output("unconditional_output", unconditional_output, sample, table)
+    index = _check_index(index, table, sample)
+    guidance = _check_guidance(guidance)
+    _check_threshold(threshold)
     if previous_x0 is not None:
         _check_like("previous_x0", previous_x0, sample)
     elif table.uses("next_from_previous_x0"):
@@ -85,6 +83,8 @@ def _check(
     seed = _check_noise(noise, seed, table, index, sample)
     if return_x0 is None:
         return_x0 = _next_row_uses_x0(table, index)
+    elif not isinstance(return_x0, bool):
+        raise TypeError(f"return_x0 must be True, False or None, got {return_x0!r}")
     return _Call(
         sample, output, table, index, unconditional_output, guidance, threshold, previous_x0, noise, seed, return_x0
     )
@@ -95,12 +95,14 @@ def _check_table(table: StepTable) -> None:
         raise TypeError(f"table must be a StepTable, got {type(table).__name__}")
 
 
-def _check_output(name: str, output: Tensor, sample: Tensor) -> None:
-    _checks.parameter(name, output, sample, "sample")
+def _check_output(name: str, output: Tensor, sample: Tensor, table: StepTable, *, required: bool = False) -> None:
+    _checks.parameter(name, output, sample, "sample", required=required)
     shape, wanted = output.shape, sample.shape
-    if shape[:1] + shape[2:] != wanted[:1] + wanted[2:] or shape[1] not in (wanted[1], 2 * wanted[1]):
-        needed = f"{tuple(wanted)}, as sample, or twice the channels"
-        raise ValueError(f"{name} must have shape {needed}, got {tuple(shape)}")
+    alike = len(shape) == len(wanted) and shape[:1] + shape[2:] == wanted[:1] + wanted[2:]
+    learned = table.learned_variance
+    if not alike or not (shape[1] in (wanted[1], 2 * wanted[1]) if learned else shape[1] >= wanted[1]):
+        channels = "twice the channels" if learned else "more channels"
+        raise ValueError(f"{name} must have shape {tuple(wanted)}, as sample, or {channels}, got {tuple(shape)}")
 
 
 def _check_like(name: str, tensor: Tensor, sample: Tensor) -> None:
@@ -109,7 +111,22 @@ def _check_like(name: str, tensor: Tensor, sample: Tensor) -> None:
         raise ValueError(f"{name} must have shape {tuple(sample.shape)}, as sample, got {tuple(tensor.shape)}")
 
 
-def _check_index(index: int | Tensor, table: StepTable, sample: Tensor) -> None:
+def _check_guidance(guidance: float | Guidance) -> Guidance:
+    if isinstance(guidance, Guidance):
+        return guidance
+    if not _checks.is_number(guidance):
+        raise TypeError(f"guidance must be a number or a Guidance, got {guidance!r}")
+    return _NO_GUIDANCE if guidance == 1.0 else Guidance(float(guidance))
+
+
+def _check_threshold(threshold: str | DynamicThreshold | None) -> None:
+    if threshold is None or isinstance(threshold, DynamicThreshold):
+        return
+    if not isinstance(threshold, str) or threshold != "static":
+        raise ValueError(f"threshold must be None, 'static' or a DynamicThreshold, got {threshold!r}")
+
+
+def _check_index(index: int | Tensor, table: StepTable, sample: Tensor) -> int | Tensor:
     if isinstance(index, Tensor):
         if index.dim() != 0:
             raise ValueError(f"index must be an int or a 0-d tensor, got shape {tuple(index.shape)}")
@@ -117,11 +134,12 @@ def _check_index(index: int | Tensor, table: StepTable, sample: Tensor) -> None:
             raise TypeError(f"index must be int64 or int32, got {index.dtype}")
         if index.device != sample.device:
             raise ValueError(f"index must be on {sample.device}, where sample is, got {index.device}")
-        return
-    if not isinstance(index, int) or isinstance(index, bool):
+        return index
+    if not _checks.is_integer(index):
         raise TypeError(f"index must be an int or a 0-d tensor, got {index!r}")
     if not 0 <= index < len(table):
         raise IndexError(f"index must be between 0 and {len(table) - 1}, the rows of the table, got {index}")
+    return _checks.plain_integer(index)
 
 
 def _check_noise(
@@ -151,9 +169,9 @@ def _seeds(seed: int | Tensor, sample: Tensor) -> Tensor:
         if seed.device != sample.device:
             raise ValueError(f"seed must be on {sample.device}, where sample is, got {seed.device}")
         return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not _checks.is_integer(seed):
         raise TypeError(f"seed must be an int or an int64 tensor, got {seed!r}")
-    first = (seed + 2**63) % 2**64 - 2**63
+    first = (_checks.plain_integer(seed) + 2**63) % 2**64 - 2**63
     return torch.arange(batch, device=sample.device) + first  # wraps around, as unsigned numbers do
 
 
@@ -217,7 +235,7 @@ def _arguments(call: _Call, dtype: torch.dtype) -> tuple[Any, ...]:
         _readable(noise, dtype),
         None if seed is None else seed.contiguous(),
         table.on(sample.device),
-        table.index(index, sample.device) if isinstance(index, int) else index.long(),
+        index.long() if isinstance(index, Tensor) else table.index(index, sample.device),
         table.learned_variance,
         float(guidance.scale),
         float(guidance.rescale),
@@ -312,12 +330,13 @@ def sampler_step(
     Args:
         sample: (B, C, positions...) of rank 2 to 5, float16, bfloat16, float32 or float64. Dense NCHW and channels-last
             samples are read in place, other strides are copied (`imagen_fast.explain` says so). B may be 0.
-        output: the model's output with the text, of sample's shape or with twice its channels, of which the second half
-            is the variance; that is ignored where the table has no learned variance.
+        output: the model's output with the text, of sample's shape; where the table has a learned variance, with twice
+            its channels, of which the second half is the variance. Without one, further channels are ignored.
         table: the solver, a `StepTable`.
         index: which of its rows. An int is checked. A 0-d tensor on sample's device stays there, so that a loop can be
             captured as a graph; a row out of range gives NaN.
-        unconditional_output: the output without the text; without it there is no guidance.
+        unconditional_output: the output without the text; without it there is no guidance. Its variance is ignored,
+            and may be left out.
         guidance: the scale, or a `Guidance`.
         threshold: of x0: None, "static" (clip to ±1), or a `DynamicThreshold`, which clips to the exact quantile of
             each sample's magnitudes and divides by it. With the latter, a sample with any NaN in its x0 becomes NaN.

@@ -13,7 +13,7 @@ def abs_quantile(x: Tensor, q: float) -> Tensor:
     """
     values = x.abs().flatten(1).sort(dim=1).values  # NaN comes last
     n = values.shape[1]
-    place = q * (n - 1)
+    place = float(q) * (n - 1)  # in float64, whatever number q is
     rank = int(place)
     weight = place - rank
     lower, upper = values[:, rank].double(), values[:, min(rank + 1, n - 1)].double()

@@ -45,7 +45,7 @@ def sampler_step(
     _check_shapes(sample, output, unconditional_output, noise, table.learned_variance)
     sample = dense(sample)
     channels = sample.shape[1]
-    row = table.row(index) if isinstance(index, int) else _row_at(table, index)
+    row = _row_at(table, index) if isinstance(index, Tensor) else table.row(index)
     x, prediction, variance = _wide(sample), _wide(output[:, :channels]), _wide(output[:, channels:])
     guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     if unconditional_output is not None:
@@ -105,28 +105,32 @@ def _check_shapes(
     sample: Tensor, output: Tensor, unconditional_output: Tensor | None, noise: Tensor | None, learned_variance: bool
 ) -> None:
     batch, channels, *size = sample.shape
-    if output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(f"output must have {channels} or {2 * channels} channels, got {output.shape[1]}")
-    if learned_variance and output.shape[1] == channels:
-        raise ValueError(f"output must have {2 * channels} channels for a learned variance, got {channels}")
+    if output.shape[1] < channels:
+        raise ValueError(f"output must have at least {channels} channels, got {output.shape[1]}")
+    if learned_variance and output.shape[1] != 2 * channels:
+        raise ValueError(f"output must have {2 * channels} channels for a learned variance, got {output.shape[1]}")
     for name, given in (("output", output), ("unconditional_output", unconditional_output)):
-        if given is not None and given.shape not in [(batch, n, *size) for n in (channels, 2 * channels)]:
-            raise ValueError(f"{name} must be {(batch, output.shape[1], *size)}, got {tuple(given.shape)}")
+        if given is None:
+            continue
+        enough = given.shape[1] in (channels, 2 * channels) if learned_variance else given.shape[1] >= channels
+        if not enough or (*given.shape[:1], *given.shape[2:]) != (batch, *size):
+            more = "twice the channels" if learned_variance else "more channels"
+            raise ValueError(f"{name} must be {(batch, channels, *size)} or have {more}, got {tuple(given.shape)}")
     if noise is not None and noise.shape != sample.shape:
         raise ValueError(f"noise must be like sample, {tuple(sample.shape)}, got {tuple(noise.shape)}")
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
-    difference = conditional - unconditional
+    difference, scale = conditional - unconditional, float(guidance.scale)
     dims = tuple(range(1, conditional.ndim))
     if guidance.remove_parallel:
         wide = conditional.double()
         overlap = (difference.double() * wide).sum(dims, keepdim=True)
         length = (wide * wide).sum(dims, keepdim=True).clamp_min(1e-24)
         difference = difference - (overlap / length).to(difference.dtype) * conditional
-        guided = conditional + (guidance.scale - 1) * difference
+        guided = conditional + (scale - 1) * difference
     else:
-        guided = unconditional + guidance.scale * difference
+        guided = unconditional + scale * difference
     if guidance.rescale:
         ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
         guided = guidance.rescale * guided * ratio + (1 - guidance.rescale) * guided

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +162,38 @@ def test_does_not_depend_on_batch_and_threads(kernel: str) -> None:
 
 def test_no_samples(backend: str) -> None:
     assert ops.abs_quantile(torch.randn(0, 3, 4, 4), 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("q", [np.float32(0.37), np.float64(0.37), np.int64(1)], ids=repr)
+def test_the_percentile_may_be_a_number_of_numpy(backend: str, q: Any) -> None:
+    """And is what it is in float64, as any other."""
+    x = torch.randn(2, 5000)
+    assert torch.equal(ops.abs_quantile(x, q), ops.abs_quantile(x, float(q)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+@pytest.mark.parametrize("rows", [1, 4], ids=["of-a-sample", "of-a-thread"])
+def test_memory_that_is_not_there_raises(rows: int) -> None:
+    """In a process of its own, as all of it would end otherwise."""
+    program = f"""if True:
+        import resource, torch
+        from imagen_fast import ops
+        torch.set_num_threads(2)
+        x = torch.randn({rows}, 1 << 22)
+        ops.abs_quantile(x[:, :100000].contiguous(), 0.5)  # starts the threads
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), -1))
+        try:
+            ops.abs_quantile(x, 0.5)
+        except RuntimeError as error:
+            assert "out of memory: a kernel needs 16777" in str(error), error
+        else:
+            raise AssertionError("there was memory enough")
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+        assert ops.abs_quantile(x, 0.5).isfinite().all()
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_gradients_are_those_of_eager() -> None:

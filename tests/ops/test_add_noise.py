@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,11 +41,22 @@ def test_dtypes_and_layouts(kernel: str, dtype: torch.dtype, x0_layout: str, noi
     assert_op_as_accurate(ops.add_noise, *call((3, 3, 9, 7), dtype, x0_layout, noise_layout))
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 5), (2, 3, 1), (1, 1, 1, 1), (0, 3, 4, 4), (2, 3, 0, 4), (4, 3, 65, 33), (1, 3, 3, 5, 2)], ids=str
-)
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 1), (1, 1, 1, 1), (4, 3, 65, 33), (1, 3, 3, 5, 2)], ids=str)
 def test_shapes(kernel: str, shape: tuple[int, ...]) -> None:
     assert_op_as_accurate(ops.add_noise, *call(shape))
+
+
+NOTHING = [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 3, 0, 0), (1, 3, 2, 0, 4)]
+
+
+@pytest.mark.parametrize("shape", NOTHING, ids=str)
+def test_nothing_to_noise(kernel: str, shape: tuple[int, ...]) -> None:
+    assert_op_as_accurate(ops.add_noise, *call(shape))
+
+
+def test_nothing_to_noise_in_any_strides(kernel: str) -> None:
+    x0, noise, alphas, t = call((2, 3, 8, 5))
+    assert_op_as_accurate(ops.add_noise, x0[:0, :, ::2], noise[:0, :, ::2], alphas, t[:0])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -92,6 +104,11 @@ def test_forms_of_timesteps(backend: str, timesteps: Tensor | int) -> None:
     expected = ops.add_noise(x0, noise, alphas, torch.tensor([7, 7]))
     assert torch.equal(ops.add_noise(x0, noise, alphas, timesteps), expected)
     assert torch.equal(ops.add_noise(x0, noise, alphas.repeat_interleave(2)[::2], timesteps), expected)
+
+
+def test_a_timestep_may_be_a_number_of_numpy(backend: str) -> None:
+    x0, noise, alphas, _ = call((2, 3, 5, 5))
+    assert torch.equal(ops.add_noise(x0, noise, alphas, np.int64(7)), ops.add_noise(x0, noise, alphas, 7))
 
 
 def test_same_distribution_as_single_steps(backend: str) -> None:
@@ -154,6 +171,8 @@ GOOD: dict[str, Any] = {
         ({"timesteps": 10}, ValueError, "timesteps must be less than 10, got 10"),
         ({"timesteps": -1}, ValueError, "timesteps must be at least 0, got -1"),
         ({"timesteps": 1.5}, TypeError, "timesteps must be an integer"),
+        ({"timesteps": np.float32(1)}, TypeError, "timesteps must be an integer"),
+        ({"timesteps": np.int64(10)}, ValueError, "timesteps must be less than 10, got 10"),
         ({"timesteps": torch.tensor([1.0, 2.0])}, TypeError, "timesteps must be int64 or int32"),
         ({"timesteps": torch.tensor([1, 2, 3])}, ValueError, r"timesteps must have shape \(2,\)"),
     ],

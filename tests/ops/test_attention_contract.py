@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,39 @@ def test_other_strides_are_copied_and_explain_says_so(backend: str, name: str) -
     assert imagen_fast.explain("attention", **arguments).notes == (note,)
 
 
+def test_other_strides_of_parameters_are_copied_and_explain_says_so(backend: str) -> None:
+    q, k, v = packed(19, 3)
+    bias = RelativePositionBias(torch.randn(32, 8)[:, ::2])
+    arguments = {"key_mask": (torch.rand(2, 38) > 0.3)[:, ::2], "bias": bias}
+    arguments |= {"q_scale": torch.randn(32)[::2], "k_scale": torch.randn(16, 2)[:, 0]}
+    assert_op_as_accurate(ops.attention, q, k, v, **arguments)
+    assert imagen_fast.explain("attention", q, k, v, **arguments).notes == (
+        *(f"{name} will be copied: its last dimension is not dense" for name in ("key_mask", "q_scale", "k_scale")),
+        "bias.table will be copied: it is not contiguous",
+    )
+
+
+@pytest.mark.parametrize("missing", ["samples", "queries"])
+@pytest.mark.parametrize("strided", ["key_mask", "bias"])
+def test_strides_of_nothing(kernel: str, missing: str, strided: str) -> None:
+    """An empty tensor is contiguous whatever its strides, and so is never copied."""
+    q, k, v = packed(5, 3)
+    q, k, v = (q[:0], k[:0], v[:0]) if missing == "samples" else (q[:, :, :0], k, v)
+    if strided == "key_mask":
+        call: dict[str, Any] = {"key_mask": (torch.rand(2, 10) > 0.3)[: q.shape[0], ::2]}
+    else:
+        call = {"bias": torch.randn(2, 4, 5, 10)[: q.shape[0], :, : q.shape[2], ::2]}
+    assert_op_as_accurate(ops.attention, q, k, v, **call)
+
+
+def test_numbers_of_numpy_are_numbers(backend: str) -> None:
+    q, k, v = packed(19, 3)
+    table = torch.randn(32, 4)
+    bias = RelativePositionBias(table, max_distance=np.int64(20))
+    expected = ops.attention(q, k, v, bias=RelativePositionBias(table, max_distance=20), scale=0.5)
+    assert torch.equal(ops.attention(q, k, v, bias=bias, scale=np.float32(0.5)), expected)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "expanded", "strided", "heads-inner"])
 def test_gradients_may_come_in_any_layout(backend: str, layout: str) -> None:
     q, k, v = (x.detach().requires_grad_() for x in packed(19, 3))
@@ -238,7 +272,9 @@ BAD = [
     pytest.param(
         {"bias": RelativePositionBias(TABLE.to("meta"))}, ValueError, "bias.table must be on", id="table-device"
     ),
-    pytest.param({"bias": RelativePositionBias(None)}, TypeError, "bias.table must be a tensor", id="table-none"),
+    pytest.param(
+        {"bias": RelativePositionBias(None)}, TypeError, "bias.table must be a tensor, got NoneType", id="none"
+    ),
     pytest.param({"bias": RelativePositionBias(TABLE, 1)}, TypeError, "bias.bidirectional must be", id="bidirectional"),
     pytest.param(
         {"bias": RelativePositionBias(TABLE, True, 8)},
@@ -268,6 +304,7 @@ BAD = [
     ),
     pytest.param({"scale": "8"}, TypeError, "scale must be a number or None, got '8'", id="scale-str"),
     pytest.param({"scale": True}, TypeError, "scale must be a number", id="scale-bool"),
+    pytest.param({"scale": np.bool_(True)}, TypeError, "scale must be a number", id="scale-numpy-bool"),
     pytest.param({"scale": torch.tensor(8.0)}, TypeError, "scale must be a number", id="scale-tensor"),
     pytest.param({"scale": float("inf")}, ValueError, "scale must be finite", id="scale-inf"),
     pytest.param(

@@ -70,6 +70,13 @@ def test_strides(backend: str, kind: str) -> None:
 
 
 @forms
+def test_what_is_expanded_gives_a_contiguous_result(kernel: str, packed: bool) -> None:
+    gate = torch.randn(1, 6, 24).expand(2, 6, 24)
+    y = ops.gated_gelu(gate, None if packed else torch.randn(2, 6, 24))
+    assert y.is_contiguous()
+
+
+@forms
 @pytest.mark.parametrize("kind", STRIDED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_strides_in_place(kernel: str, kind: str, packed: bool, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,10 @@ BAD = [
     pytest.param({"activation": "slu"}, ValueError, "unknown activation 'slu'; did you mean 'silu'", id="activation"),
     pytest.param({"activation": "tanh_gelu"}, ValueError, "unknown activation", id="activation-nearest"),
     pytest.param({"activation": nn.SiLU()}, ValueError, "unknown activation SiLU", id="activation-module"),
+    pytest.param({"activation": ["silu"]}, ValueError, r"unknown activation \['silu'\]; did you", id="activation-list"),
+    pytest.param({"activation": torch.ones(2)}, ValueError, "unknown activation tensor", id="activation-tensor"),
+    pytest.param({"num_groups": np.float32(4)}, TypeError, "num_groups must be an integer", id="groups-numpy-float"),
+    pytest.param({"num_groups": np.int64(3)}, ValueError, "num_groups must divide", id="groups-numpy-3"),
     pytest.param({"eps": -1e-5}, ValueError, "eps must be finite and not negative, got -1e-05", id="eps-negative"),
     pytest.param({"eps": float("nan")}, ValueError, "eps must be finite", id="eps-nan"),
     pytest.param({"eps": float("inf")}, ValueError, "eps must be finite", id="eps-inf"),
@@ -166,6 +171,12 @@ def test_wrong_arguments_are_named(backend: str, wrong: dict[str, Any], error: t
         ops.group_norm_act(**(GOOD | wrong))
     with pytest.raises(error, match=message):
         imagen_fast.explain("group_norm_act", **(GOOD | wrong))
+
+
+def test_numbers_of_numpy_are_numbers(backend: str) -> None:
+    x = torch.randn(2, 8, 4, 4)
+    y = ops.group_norm_act(x, np.int64(4), eps=np.float32(0.5))
+    assert torch.equal(y, ops.group_norm_act(x, 4, eps=0.5))
 
 
 def double_arguments() -> tuple[Tensor, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,6 +91,14 @@ def test_strides_in_place(kernel: str, kind: str, dtype: torch.dtype) -> None:
     other = STRIDED["window" if kind == "sequence-first" else "sequence-first"]().to(dtype)
     assert_op_as_accurate(ops.rms_norm, x, torch.randn(24))
     assert_op_as_accurate(ops.rms_norm, x, torch.randn(24), residual=other)
+
+
+@with_residual
+def test_what_is_expanded_gives_a_contiguous_result(kernel: str, residual: bool) -> None:
+    x = torch.randn(1, 6, 24).expand(2, 6, 24)
+    results = ops.rms_norm(x, torch.randn(24), residual=torch.randn(2, 6, 24) if residual else None)
+    for y in results if residual else (results,):
+        assert y.is_contiguous()
 
 
 @with_residual
@@ -216,7 +226,7 @@ BAD = [
     pytest.param({"x": X.int()}, TypeError, "x must be float16", id="x-int"),
     pytest.param({"x": torch.tensor(1.0)}, ValueError, "x must have a last dimension", id="x-scalar"),
     pytest.param({"x": X[..., :0], "weight": torch.ones(0)}, ValueError, "x must have a last dimension", id="x-empty"),
-    pytest.param({"weight": None}, TypeError, "weight must be a tensor", id="weight-none"),
+    pytest.param({"weight": None}, TypeError, "weight must be a tensor, got NoneType", id="weight-none"),
     pytest.param({"weight": torch.ones(7)}, ValueError, r"weight must have shape \(8,\).*got \(7,\)", id="short"),
     pytest.param({"weight": torch.ones(1, 8)}, ValueError, "weight must have shape", id="weight-rank"),
     pytest.param({"weight": torch.ones(8).double()}, TypeError, "weight must be float16", id="weight-float64"),
@@ -227,6 +237,8 @@ BAD = [
     pytest.param({"residual": X.to("meta")}, ValueError, "residual must be on cpu", id="residual-device"),
     pytest.param({"eps": -1.0}, ValueError, "eps must be finite and not negative", id="eps-negative"),
     pytest.param({"eps": None}, TypeError, "eps must be a number", id="eps-none"),
+    pytest.param({"eps": torch.tensor(1e-6)}, TypeError, "eps must be a number", id="eps-tensor"),
+    pytest.param({"eps": np.float32(-1)}, ValueError, "eps must be finite and not negative", id="eps-numpy"),
 ]
 
 
@@ -234,6 +246,11 @@ BAD = [
 def test_wrong_arguments_are_named(backend: str, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ops.rms_norm(**({"x": X, "weight": torch.ones(8)} | wrong))
+
+
+@pytest.mark.parametrize("eps", [np.float32(1e-3), np.float64(1e-3), np.int64(1), Fraction(1, 4)], ids=repr)
+def test_eps_may_be_any_real_number(backend: str, eps: Any) -> None:
+    assert torch.equal(ops.rms_norm(X, torch.ones(8), eps=eps), ops.rms_norm(X, torch.ones(8), eps=float(eps)))
 
 
 def double_arguments() -> list[Tensor]:
@@ -322,6 +339,48 @@ def test_autocast_leaves_dtypes_as_they_are(backend: str) -> None:
     y.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16-float32", "float32-bfloat16", "float16-bfloat16", "bfloat16-float64"])
+def test_autocast_casts_as_an_addition_does(backend: str, dtypes: str) -> None:
+    x_dtype, residual_dtype = (getattr(torch, name) for name in dtypes.split("-"))
+    x, residual = (torch.randn(2, 5, 8).to(dtype).requires_grad_() for dtype in (x_dtype, residual_dtype))
+    weight = torch.randn(8, dtype=torch.float64 if residual_dtype == torch.float64 else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = x + residual
+        y, summed = ops.rms_norm(x, weight, residual=residual)
+    assert y.dtype == summed.dtype == expected.dtype
+    assert torch.equal(summed, expected)
+    assert torch.equal(y, ops.rms_norm(expected, weight))
+    for leaf, gradient in zip((x, residual), torch.autograd.grad(y.sum(), (x, residual)), strict=True):
+        assert gradient.dtype == leaf.dtype
+    with pytest.raises(TypeError, match=f"residual must be {x_dtype}, as x is, got {residual_dtype}"):
+        ops.rms_norm(x, torch.randn(8), residual=residual)
+
+
+def test_autocast_between_linear_layers(backend: str) -> None:
+    """The residual stream is float32, and what is added to it bfloat16."""
+    linear, norm, x = torch.nn.Linear(8, 8), imagen_fast.nn.AddRMSNorm(8), torch.randn(2, 5, 8)
+
+    def block(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return norm(linear(x), x)
+
+    assert [y.dtype for y in block(x)] == [torch.float32] * 2
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for y, expected in zip(compiled(x), block(x), strict=True):
+        torch.testing.assert_close(y, expected)
+
+
+def test_autocast_still_checks_the_residual() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        for residual, error, message in (
+            (1.0, TypeError, "residual must be a tensor"),
+            (X.int(), TypeError, "residual must be float16"),
+            (X[:1].half(), ValueError, "residual must have the shape of x"),
+        ):
+            with pytest.raises(error, match=message):
+                ops.rms_norm(X, torch.ones(8), residual=residual)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

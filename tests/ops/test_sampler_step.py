@@ -107,6 +107,52 @@ def test_solvers(kernel: str, solver: str, dtype: torch.dtype) -> None:
     assert_accurate(arguments(TABLES[solver], dtype=dtype))
 
 
+NOTHING = [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 3, 0, 0), (1, 3, 2, 0, 4)]
+
+
+@pytest.mark.parametrize("shape", NOTHING, ids=str)
+def test_nothing_to_step(kernel: str, shape: tuple[int, ...]) -> None:
+    assert_accurate(arguments(LEARNED, shape) | {"threshold": THRESHOLDS["if"]})
+
+
+def test_nothing_to_step_in_any_strides(kernel: str) -> None:
+    given = arguments(LEARNED, (2, 3, 8, 5))
+    assert_accurate({name: x[:0, :, ::2] if isinstance(x, Tensor) else x for name, x in given.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [(5, 8), (6, 3)], ids=str)
+@pytest.mark.parametrize("output_layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("guidance", [3.0, Guidance(3.0, 0.7, True)], ids=["plain", "sums"])
+@pytest.mark.parametrize("threshold", ["none", "if"])
+def test_further_channels_are_ignored(
+    kernel: str,
+    dtype: torch.dtype,
+    channels: tuple[int, int],
+    output_layout: str,
+    guidance: float | Guidance,
+    threshold: str,
+) -> None:
+    """Of the output and of the unconditional one, however many, where the table has no learned variance."""
+    given = arguments(TABLES["ddim-eta"], (2, 3, 8, 8), dtype, output_layout=output_layout)
+    given |= {"guidance": guidance, "threshold": THRESHOLDS[threshold]}
+    expected = ops.sampler_step(**given)
+    for name, count in zip(("output", "unconditional_output"), channels, strict=True):
+        wide = torch.full((2, count, 8, 8), math.nan, dtype=dtype)
+        wide = layout.channels_last(wide) if output_layout == "nhwc" else wide
+        wide[:, :3] = given[name]
+        given[name] = wide
+    assert_accurate(given)
+    for y, e in zip(ops.sampler_step(**given), expected, strict=True):
+        torch.testing.assert_close(y, e)
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+def test_the_unconditional_output_may_have_no_variance(kernel: str, channels: int) -> None:
+    given = arguments(LEARNED)
+    assert_accurate(given | {"unconditional_output": given["unconditional_output"][:, :channels]})
+
+
 @dtypes
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_thresholds(kernel: str, threshold: str, dtype: torch.dtype) -> None:

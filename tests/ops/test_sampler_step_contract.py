@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +75,32 @@ def test_nothing_is_read_back(backend: str, index: int | Tensor) -> None:
         assert spy.names == ["imagen_fast::sampler_step_cpu"]
 
 
+@pytest.mark.parametrize("seed", [np.int64(-3), np.uint64(2**64 - 3)], ids=repr)
+def test_numbers_of_numpy_are_numbers(backend: str, seed: Any) -> None:
+    sample, output, unconditional = images(3, 6, 6)
+    given: dict[str, Any] = {"table": LEARNED, "unconditional_output": unconditional}
+    expected = ops.sampler_step(
+        sample, output, index=1, guidance=1.3, threshold=DynamicThreshold(0.37), seed=-3, **given
+    )
+    for guidance in (np.float64(1.3), Guidance(np.float64(1.3))):
+        threshold = DynamicThreshold(np.float64(0.37), np.int64(1))
+        result = ops.sampler_step(
+            sample, output, index=np.int64(1), guidance=guidance, threshold=threshold, seed=seed, **given
+        )
+        assert torch.equal(result[0], expected[0])
+
+
+def test_a_plain_number_and_a_guidance_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.sampler_step, fullgraph=True, backend="aot_eager")
+    sample, output, unconditional, noise = images(3, 6, 6, 3)
+    for index, guidance in enumerate((2, 3.5, 4.5, Guidance(2.5))):
+        given = {"unconditional_output": unconditional, "guidance": guidance, "noise": noise}
+        expected = ops.sampler_step(sample, output, LEARNED, index, **given)
+        result = compiled(sample, output, LEARNED, index, **given)
+        torch.testing.assert_close(result[0], expected[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("table", [LEARNED, MULTISTEP], ids=["ddpm", "dpm"])
 def test_a_loop_that_counts_on_the_device_reads_nothing_back(backend: str, table: StepTable) -> None:
     """As a graph captures it: the row is a tensor, and the steps are queued without looking at it."""
@@ -97,6 +124,36 @@ def test_a_loop_that_counts_on_the_device_reads_nothing_back(backend: str, table
             index += 1
     assert not [name for name in spy.names if "local_scalar" in name or "nonzero" in name]
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def made_while(what: str, table: StepTable) -> None:
+    """Has the table put its indices on the device for the first time while it is traced, or in inference mode."""
+    sample, output = images(3, 3)
+    if what == "inference":
+        with torch.inference_mode():
+            ops.sampler_step(sample, output, table, 1)
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ops.sampler_step(mode.from_tensor(sample), mode.from_tensor(output), table, 1)
+
+
+@pytest.mark.parametrize("what", ["fake", "inference"])
+def test_a_table_keeps_no_tensors_that_cannot_be_used_later(what: str) -> None:
+    table, (sample, output) = StepTable.ddim(ALPHAS, steps=6), images(3, 3)
+    made_while(what, table)
+    index = table.index(1, sample.device)
+    assert type(index) is Tensor
+    assert not index.is_inference()
+    following, _ = ops.sampler_step(sample, output, table, 1)
+    assert torch.equal(following, ops.sampler_step(sample, output, DDIM, 1)[0])
+
+
+def test_what_a_table_keeps_is_used_while_tracing() -> None:
+    table = StepTable.ddim(ALPHAS, steps=6)
+    index = table.index(1, torch.device("cpu"))
+    with Spy() as spy:
+        assert table.index(1, torch.device("cpu")) is index
+    assert spy.names == []
 
 
 def test_x0_is_returned_where_the_next_row_needs_it(backend: str) -> None:
@@ -204,12 +261,19 @@ GOOD: dict[str, Any] = {"sample": SAMPLE, "output": TWICE, "table": LEARNED, "in
         ({"sample": torch.ones(3)}, ValueError, "sample must have 2 to 5 dimensions"),
         ({"output": torch.ones(2, 4, 4, 4)}, ValueError, r"output must have shape .*got \(2, 4, 4, 4\)"),
         ({"output": torch.ones(2, 6, 4, 5)}, ValueError, "output must have shape"),
+        ({"output": None}, TypeError, "output must be a tensor, got NoneType"),
+        ({"output": torch.ones(2)}, ValueError, r"output must have shape .*got \(2,\)"),
+        ({"output": torch.tensor(1.0)}, ValueError, r"output must have shape .*got \(\)"),
+        ({"output": torch.ones(2, 6, 4)}, ValueError, r"output must have shape .*got \(2, 6, 4\)"),
+        ({"output": torch.ones(2, 7, 4, 4)}, ValueError, "output must have shape .*or twice the channels"),
+        ({"output": torch.ones(2, 2, 4, 4), "table": DDIM}, ValueError, "output must have shape .*or more channels"),
         ({"output": torch.ones(1, 6, 4, 4)}, ValueError, "output must have shape"),
         ({"output": OUTPUT}, ValueError, "output must have 6 channels.*learned variance, got 3"),
         ({"output": TWICE.double()}, TypeError, "output must be float16, bfloat16 or float32"),
         ({"output": TWICE.to("meta")}, ValueError, "output must be on cpu, where sample is"),
         ({"unconditional_output": TWICE[:1]}, ValueError, "unconditional_output must have shape"),
-        ({"unconditional_output": 2.0}, TypeError, "unconditional_output must be a tensor"),
+        ({"unconditional_output": 2.0}, TypeError, "unconditional_output must be a tensor or None"),
+        ({"unconditional_output": torch.ones(2, 7, 4, 4)}, ValueError, "unconditional_output must have shape"),
         ({"table": LEARNED.rows}, TypeError, "table must be a StepTable, got Tensor"),
         ({"index": 6}, IndexError, "index must be between 0 and 5, .*got 6"),
         ({"index": -1}, IndexError, "index must be between 0 and 5"),
@@ -218,7 +282,15 @@ GOOD: dict[str, Any] = {"sample": SAMPLE, "output": TWICE, "table": LEARNED, "in
         ({"index": torch.tensor([1])}, ValueError, r"index must be an int or a 0-d tensor, got shape \(1,\)"),
         ({"index": torch.tensor(1.0)}, TypeError, "index must be int64 or int32"),
         ({"index": torch.tensor(1, device="meta")}, ValueError, "index must be on cpu"),
-        ({"guidance": "strong"}, TypeError, "guidance must be a number"),
+        ({"guidance": "strong"}, TypeError, "guidance must be a number or a Guidance, got 'strong'"),
+        ({"guidance": torch.tensor([1.0, 2.0])}, TypeError, "guidance must be a number or a Guidance, got tensor"),
+        ({"guidance": torch.tensor(1.0)}, TypeError, "guidance must be a number or a Guidance, got tensor"),
+        ({"guidance": True}, TypeError, "guidance must be a number or a Guidance, got True"),
+        ({"guidance": None}, TypeError, "guidance must be a number or a Guidance, got None"),
+        ({"return_x0": "yes"}, TypeError, "return_x0 must be True, False or None, got 'yes'"),
+        ({"threshold": np.array([0.9, 0.5])}, ValueError, "threshold must be None, 'static' or a DynamicThreshold"),
+        ({"index": np.int64(6)}, IndexError, "index must be between 0 and 5, .*got 6"),
+        ({"index": np.float32(1)}, TypeError, "index must be an int or a 0-d tensor"),
         ({"threshold": 0.95}, ValueError, "threshold must be None, 'static' or a DynamicThreshold"),
         ({"threshold": "dynamic"}, ValueError, "threshold must be None, 'static' or a DynamicThreshold"),
         ({"table": MULTISTEP}, ValueError, "previous_x0 is needed"),
