@@ -167,7 +167,8 @@ class _Loop:
         if repeat is not None:
             evaluation, tensors = self.model.parts(guided)
             step = Step(evaluation, self.table, self.guidance, self.threshold)
-            state = State(sample, previous_x0, self.table.index(rows[0], sample.device))
+            row = self.table.index(rows[0], sample.device).clone()  # as the steps' own, in inference mode or not
+            state = State(sample, previous_x0, row)
             inputs = {"seeds": self.seeds, "model": tensors}
             after = self.progress.queued if self.progress.on_step is not None else None
             end = repeat(step, state, inputs, len(rows), after)
