@@ -33,7 +33,7 @@ FLAVOURS: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["-ldl"],
     ),
     "address": (
-        ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer", "-O1"],
+        ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer", "-O0"],
         [],
         ["-fsanitize=address,alignment"],
     ),
