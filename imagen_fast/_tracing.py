@@ -1,9 +1,11 @@
-"""What `torch.compile` is told about plain Python functions that it meets while tracing."""
+"""What `torch.compile` is told about plain Python functions that it meets, and what is not kept while tracing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -15,3 +17,10 @@ def traced_as_constant(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def makes_tensors_to_keep(device: torch.device) -> bool:
+    """Whether a tensor made now is no tracer's, and does not lie in the memory of a CUDA graph."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

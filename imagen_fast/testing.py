@@ -266,14 +266,7 @@ def assert_model_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, name
 
     Example: see the top of `imagen_fast.testing`.
     """
-    our_error, allowed = model_error(ours, eager, truth, name=name)
-    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
-    _check_not_finite(ours64, eager64, truth, name)
-    if our_error > allowed:
-        raise AssertionError(
-            f"{name} is less accurate than the eager model's: relative error {our_error:.3g} in {ours.dtype}, "
-            f"allowed {allowed:.3g}, {_MODEL_FACTOR} times eager's"
-        )
+    _hold_model(ours, eager, truth, model_error(ours, eager, truth, name=name), name, "is", "")
 
 
 def model_error(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "output") -> tuple[float, float]:
@@ -307,14 +300,8 @@ def assert_sampling_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, *, n
         AssertionError: with both errors.
         TypeError: `truth` is not float64, or `ours` not floating.
     """
-    our_error, allowed = sampling_error(ours, eager, truth, name=name)
-    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
-    _check_not_finite(ours64, eager64, truth, name)
-    if our_error > allowed:
-        raise AssertionError(
-            f"{name} are less accurate than the eager model's: relative error {our_error:.3g} in {ours.dtype}, the "
-            f"geometric mean over {len(ours)}; allowed {allowed:.3g}, {_MODEL_FACTOR} times eager's"
-        )
+    errors = sampling_error(ours, eager, truth, name=name)
+    _hold_model(ours, eager, truth, errors, name, "are", f", the geometric mean over {len(ours)}")
 
 
 def sampling_error(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "samples") -> tuple[float, float]:
@@ -330,6 +317,20 @@ def sampling_error(ours: Tensor, eager: Tensor, truth: Tensor, *, name: str = "s
     logarithms = torch.tensor(pairs, dtype=torch.float64).clamp(min=_FLOAT64).log()
     error, allowed = logarithms.mean(0).exp().tolist()
     return error, allowed
+
+
+def _hold_model(
+    ours: Tensor, eager: Tensor, truth: Tensor, errors: tuple[float, float], name: str, verb: str, average: str
+) -> None:
+    """Raise AssertionError where the first of `errors` is above the second, or values that are not finite differ."""
+    ours64, eager64, truth = (tensor.detach().to(ours.device, torch.float64) for tensor in (ours, eager, truth))
+    _check_not_finite(ours64, eager64, truth, name)
+    our_error, allowed = errors
+    if our_error > allowed:
+        raise AssertionError(
+            f"{name} {verb} less accurate than the eager model's: relative error {our_error:.3g} in {ours.dtype}"
+            f"{average}; allowed {allowed:.3g}, {_MODEL_FACTOR} times eager's"
+        )
 
 
 def _check_comparable(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tracing import makes_tensors_to_keep
 from . import _variance_exploding as exploding
 from . import _variance_preserving as preserving
 from .coefficients import COLUMNS, Prediction, Row, Variance
@@ -124,7 +125,7 @@ class StepTable:
             return make()
         found = self._on.get(key)
         if found is None:
-            if _makes_no_tensors_to_keep(device=key[1]):
+            if not makes_tensors_to_keep(key[1]):
                 return make()
             with torch.inference_mode(False):  # autograd cannot save what was made in inference mode
                 self._on[key] = found = make()
@@ -359,9 +360,3 @@ class StepTable:
         stacked = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in (row["timestep"] for row in rows))
         return cls(stacked.reshape(-1, len(COLUMNS)), timesteps, learned_variance, float(initial_sigma))
-
-
-def _makes_no_tensors_to_keep(device: torch.device) -> bool:
-    """Whether a tensor made now would be a tracer's, or would lie in the memory of a CUDA graph."""
-    traced = torch._C._len_torch_dispatch_stack() > 0
-    return traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

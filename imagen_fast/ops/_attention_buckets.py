@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tracing import makes_tensors_to_keep
 from ..reference.attention import RelativePositionBias, relative_position_bucket
 
 # For each device and kind of bias, and each power of two n: the buckets of the distances 1 - n to n - 1. Queries and
@@ -17,7 +18,7 @@ def diagonal_buckets(bias: RelativePositionBias, queries: int, keys: int) -> Ten
     """(max(queries + keys - 1, 0),) int32; element j - i + queries - 1 is the row of the table for query i, key j."""
     table = bias.table
     kind = (table.shape[0], bool(bias.bidirectional), bias.max_distance)
-    if _traced() or (table.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not makes_tensors_to_keep(table.device):
         return _computed(1 - queries, queries + keys - 1, kind, table.device)
     n = 1 << max(queries - 1, keys - 1, 1).bit_length()
     key = (table.device, *kind, n)
@@ -34,8 +35,3 @@ def diagonal_buckets(bias: RelativePositionBias, queries: int, keys: int) -> Ten
 def _computed(first: int, count: int, kind: tuple[int, bool, int], device: torch.device) -> Tensor:
     distance = torch.arange(max(count, 0), device=device) + first
     return relative_position_bucket(distance, *kind).to(torch.int32)
-
-
-def _traced() -> bool:
-    """Whether a tensor made now would be a tracer's, and no tensor to keep."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
