@@ -36,7 +36,7 @@ def register_autograd(
 
 def run_operator(operator: Callable[..., Any], *arguments: Any) -> Any:
     """Call an operator with all its arguments in their order."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return operator(*arguments)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _functions.get(operator, operator)(*arguments)

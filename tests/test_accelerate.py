@@ -122,7 +122,7 @@ def test_nothing_is_seen_from_outside():
     attributes = [set(vars(module)) for module in model.modules()]
     imagen_fast.accelerate(model)
     output(model)
-    attributes[0].add("forward")  # which repeats recorded calls
+    attributes[0].update(("forward", "_replicate_for_data_parallel"))  # the first repeats recorded calls
     assert type(model) is UNet
     assert list(model.named_modules()) == names
     assert [set(vars(module)) for module in model.modules()] == attributes

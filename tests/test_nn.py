@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +100,33 @@ def test_gated_gelu_of_two_tensors_or_one() -> None:
     assert repr(imagen_fast.nn.GatedGELU()) == "GatedGELU(approximate='tanh')"
     with pytest.raises(ValueError, match="unknown approximate"):
         imagen_fast.nn.GatedGELU("sigmoid")
+
+
+def test_can_be_traced_by_torchscript_with_gradients() -> None:
+    module, x = GroupNormAct(4, 8), torch.randn(2, 8, 5, 5)
+    traced = torch.jit.trace(module, x)
+    y = torch.randn(3, 8, 4, 4)
+    assert torch.equal(traced(y), module(y))
+    wanted = torch.autograd.grad(module(y).square().sum(), [*module.parameters()])
+    for ours, expected in zip(
+        torch.autograd.grad(traced(y).square().sum(), [*module.parameters()]), wanted, strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+_LOADED = """
+import sys, torch, imagen_fast.ops
+x = torch.linspace(-2, 2, 2 * 8 * 5 * 5).view(2, 8, 5, 5)
+print(torch.export.load(sys.argv[1]).module()(x).square().sum().item())
+"""
+
+
+def test_an_exported_program_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    module = GroupNormAct(4, 8).eval().requires_grad_(False)
+    x = torch.linspace(-2, 2, 2 * 8 * 5 * 5).view(2, 8, 5, 5)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "norm.pt2")
+    ran = subprocess.run(
+        [sys.executable, "-c", _LOADED, str(tmp_path / "norm.pt2")], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) == pytest.approx(module(x).square().sum().item(), rel=1e-5)

@@ -80,7 +80,8 @@ class ScoreGradients {
     load_rows(dout, f_.dout.stride_l, rows, kGradientQueries, f_.width, static_cast<const S*>(nullptr), dout_.data(),
               f_.width);
     const S* const lse = static_cast<const S*>(f_.lse) + (b_ * f_.q_heads + h_) * f_.queries + first;
-    bool exact = f_.dtable.data || (!std::is_same_v<T, S> && (f_.dbias.data || f_.dq_scale.data || f_.dk_scale.data));
+    bool exact = columns_.count <= kRow || f_.dtable.data ||
+                 (!std::is_same_v<T, S> && (f_.dbias.data || f_.dq_scale.data || f_.dk_scale.data));
     for (int64_t i = 0; i < rows; ++i) {
       // A query with nothing to attend to has no weights.
       lse_[i] = lse[i] == -kInfinity<S> ? kInfinity<S> : lse[i];
@@ -138,10 +139,12 @@ class ScoreGradients {
   }
 
   // With one more pass over all columns. lse is rounded, by as much as it is large: beside a bias of the lowest number,
-  // the sum's share in it is lost. `out` is rounded to q's dtype, which a gradient of higher precision would show. And
-  // in the gradient of a table, long sums of dS may all but cancel.
+  // the sum's share in it is lost. `out` is rounded to q's dtype, which a gradient of higher precision would show. In
+  // the gradient of a table, long sums of dS may all but cancel. And of few columns one may have nearly all the weight,
+  // and a dS next to nothing.
   void add_up_factor_and_delta() {
     pack(0, columns_.count);
+    if (columns_.count <= kRow) return add_up_one_block();
     S sum[kGradientQueries] = {};
     for (int64_t i = 0; i < rows_; ++i) delta_[i] = 0;
     for (int64_t column = 0; column < columns_.count; column += kRow) {
@@ -156,6 +159,21 @@ class ScoreGradients {
       if (sum[i] == 0) continue;
       factor_[i] = 1 / sum[i];
       delta_[i] *= factor_[i];
+    }
+  }
+
+  // The same, with a weight of exactly 1 where it has no other beside it.
+  void add_up_one_block() {
+    const int64_t n = columns_.count;
+    compute_weights(0, n);
+    for (int64_t i = 0; i < rows_; ++i) {
+      S* const row = weights_.data() + i * kRow;
+      const S sum = sum_of_row(row, n);
+      delta_[i] = 0;
+      if (sum == 0) continue;
+      factor_[i] = 1 / sum;
+      for (int64_t j = 0; j < n; ++j) row[j] /= sum;
+      delta_[i] = dot(row, dscores_.data() + i * kRow, n);
     }
   }
 

@@ -239,6 +239,14 @@ struct Run {
 
   template <typename T, typename Act>
   void operator()() const {
+    if constexpr (kHasRoughSlope<T, Act>) {
+      if (f.gradients.are_finer_than_bfloat16()) return in_layout<T, Finely<Act>>();
+    }
+    in_layout<T, Act>();
+  }
+
+  template <typename T, typename Act>
+  void in_layout() const {
     f.channels_last ? run<T, ChannelsLast<T, Act>>(f) : run<T, ChannelsFirst<T, Act>>(f);
   }
 };

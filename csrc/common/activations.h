@@ -71,4 +71,17 @@ struct GeluTanh {
   }
 };
 
+// The slope as of fp32, whatever it is summed with
+template <typename Act>
+struct Finely {
+  template <typename T, typename V>
+  static IMAGEN_FAST_INLINE V slope(V t) {
+    return Act::template slope<float>(t);
+  }
+};
+
+// Whether the slope of Act is rough for T.
+template <typename T, typename Act>
+constexpr bool kHasRoughSlope = kRoughly<T> && !std::is_same_v<Act, Identity>;
+
 }  // namespace imagen_fast::IMAGEN_FAST_ISA

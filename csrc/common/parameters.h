@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "number_formats.h"
 
@@ -28,6 +29,14 @@ struct ParameterGradient {
 
 struct ParameterGradients {
   ParameterGradient weight, bias, scale, shift;
+
+  // Whether one is asked for that keeps more of a sum than bf16 does.
+  bool are_finer_than_bfloat16() const {
+    for (const ParameterGradient& gradient : {weight, bias, scale, shift}) {
+      if (gradient.data && gradient.dtype != DType::kBFloat16) return true;
+    }
+    return false;
+  }
 };
 
 }  // namespace imagen_fast

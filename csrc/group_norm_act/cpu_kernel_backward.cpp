@@ -361,6 +361,14 @@ struct Run {
 
   template <typename T, typename Act>
   void operator()() const {
+    if constexpr (kHasRoughSlope<T, Act>) {
+      if (f.gradients.are_finer_than_bfloat16()) return run<T, Finely<Act>>();
+    }
+    run<T, Act>();
+  }
+
+  template <typename T, typename Act>
+  void run() const {
     Buffer<ChannelSums> sums(f.batch * f.channels);
     f.channels_last ? ChannelsLast<T, Act>(f, sums.data()).run() : ChannelsFirst<T, Act>(f, sums.data()).run();
     parameter_gradients<AccumulateType<T>>(f.parameters, f.gradients, sums.data(), f.batch, f.channels);

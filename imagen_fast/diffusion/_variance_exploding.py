@@ -11,7 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from .coefficients import Row, empty_row
-from .schedules import karras_sigmas, relative_sigmas, spaced_timesteps, trailing_timesteps
+from .schedules import (
+    check_count,
+    check_offset,
+    karras_sigmas,
+    relative_sigmas,
+    spaced_timesteps,
+    trailing_timesteps,
+)
 
 
 class Levels(NamedTuple):
@@ -50,15 +57,16 @@ def _timesteps(n: int, steps: int | str | Sequence[float], spacing: str, offset:
         return np.asarray(spaced_timesteps(n, steps), dtype=np.float64)
     if not isinstance(steps, int | np.integer):
         given = np.asarray(steps, dtype=np.float64)
-        if given.ndim != 1 or not len(given) or given[0] > n - 1 or given[-1] < 0 or (np.diff(given) >= 0).any():
+        falling = given.ndim == 1 and len(given) > 0 and (np.diff(given) < 0).all()
+        if not falling or not 0 <= given[-1] <= given[0] <= n - 1:
             raise ValueError(f"steps must fall strictly and lie in [0, {n - 1}], got {list(steps)}")
         return given
+    check_count(n, steps)
     steps = int(steps)
-    if not 1 <= steps <= n:
-        raise ValueError(f"steps must be between 1 and {n}, got {steps}")
     if spacing == "linspace":
         return np.linspace(0, n - 1, steps)[::-1].copy()
     if spacing == "leading":
+        check_offset(n, steps, offset)
         return np.arange(steps)[::-1] * float(n // steps) + offset
     if spacing == "trailing":
         return trailing_timesteps(n, steps)
@@ -75,8 +83,14 @@ def _x0_coefficients(prediction: str, sigma: float) -> tuple[float, float]:
     raise ValueError(f"prediction must be 'epsilon', 'v' or 'x0', got {prediction!r}")
 
 
-def _gamma(churn: float, evaluations: int, sigma: float, low: float, high: float) -> float:
-    return min(churn / evaluations, 2**0.5 - 1) if low <= sigma <= high else 0.0
+def _gamma(churn: float, intervals: int, sigma: float, low: float, high: float) -> float:
+    return min(churn / intervals, 2**0.5 - 1) if low <= sigma <= high else 0.0
+
+
+def check_churn(churn: float, noise: float) -> None:
+    """Raise ValueError unless they are S_churn and S_noise of a solver."""
+    if not 0 <= churn < math.inf or not 0 <= noise < math.inf:
+        raise ValueError(f"churn and churn_noise must be finite and not negative, got {churn} and {noise}")
 
 
 def euler(visited: Levels, prediction: str, churn: float, low: float, high: float, noise: float) -> list[Row]:
@@ -84,10 +98,11 @@ def euler(visited: Levels, prediction: str, churn: float, low: float, high: floa
 
     next = x̂ + r (x̂ − x0)
     """
+    check_churn(churn, noise)
     rows = []
     for i, timestep in enumerate(visited.timesteps):
         sigma, sigma_next = visited.sigmas[i], visited.sigmas[i + 1]
-        churned = sigma * (1 + _gamma(churn, len(visited.timesteps), sigma, low, high))
+        churned = sigma * (1 + _gamma(churn, len(visited.sigmas) - 1, sigma, low, high))
         added = noise * max(churned**2 - sigma**2, 0.0) ** 0.5
         # diffusers takes x0 from ε at the churned level, and from v at the one before.
         from_sample, from_output = _x0_coefficients(prediction, churned if prediction == "epsilon" else sigma)
@@ -139,11 +154,15 @@ def edm(
     sigmas: Tensor, sigma_data: float, churn: float, low: float, high: float, noise: float
 ) -> tuple[list[Row], float]:
     """See `StepTable.edm`; the rows and the standard deviation of the first sample."""
+    if not isinstance(sigmas, Tensor):
+        raise TypeError(f"sigmas must be a tensor, got {type(sigmas).__name__}")
     levels = [float(sigma) for sigma in sigmas.tolist()] if sigmas.dim() == 1 else []
-    if not levels or levels[-1] <= 0 or any(a <= b for a, b in itertools.pairwise(levels)):
-        raise ValueError(f"sigmas must be positive and fall strictly, got {sigmas.tolist()}")
-    if sigma_data <= 0:
-        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    falling = all(a > b for a, b in itertools.pairwise(levels))
+    if not levels or not falling or not 0 < levels[-1] <= levels[0] < math.inf:
+        raise ValueError(f"sigmas must be positive and finite and fall strictly, got {sigmas.tolist()}")
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
+    check_churn(churn, noise)
     churned = [sigma * (1 + _gamma(churn, len(levels), sigma, low, high)) for sigma in levels]
     added = [noise * max(b**2 - a**2, 0.0) ** 0.5 for a, b in zip(levels, churned, strict=True)]
     rows = []

@@ -55,6 +55,8 @@ def visited(
 ) -> Levels:
     """The levels of a solver. A step goes to the next visited timestep or, strided, n // steps timesteps down."""
     check_alphas_cumprod(alphas_cumprod)
+    if not 0 <= final <= 1:
+        raise ValueError(f"final_alpha_cumprod must be between 0 and 1, got {final}")
     timesteps = spaced_timesteps(len(alphas_cumprod), steps, spacing, offset)
     values = alphas_cumprod.double().tolist()
     ends = [*timesteps[1:], -1]

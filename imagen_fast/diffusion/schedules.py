@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,11 +109,13 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
         (n,) in float64.
 
     Raises:
-        ValueError: n is not positive, or not 0 < sigma_min <= sigma_max.
+        ValueError: n or rho is not positive, or not 0 < sigma_min <= sigma_max < infinity.
     """
     _check_positive(n)
-    if not 0 < sigma_min <= sigma_max:
-        raise ValueError(f"need 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
+    if not 0 < sigma_min <= sigma_max < math.inf:
+        raise ValueError(f"need 0 < sigma_min <= sigma_max < infinity, got {sigma_min} and {sigma_max}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive and finite, got {rho}")
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
@@ -156,23 +159,34 @@ def spaced_timesteps(n: int, steps: int | str | Sequence[int], spacing: str = "l
     if isinstance(steps, str):
         steps = _named_timesteps(n, steps)
     if not isinstance(steps, int | np.integer):
-        timesteps = [int(t) for t in steps]
+        given = list(steps)
+        timesteps = [int(t) for t in given]
         falling = all(a > b for a, b in itertools.pairwise(timesteps))
-        if not timesteps or not falling or timesteps[0] >= n or timesteps[-1] < 0:
-            raise ValueError(f"steps must fall strictly and lie in [0, {n}), got {timesteps}")
+        if not timesteps or timesteps != given or not falling or timesteps[0] >= n or timesteps[-1] < 0:
+            raise ValueError(f"steps must fall strictly, be whole numbers and lie in [0, {n}), got {given}")
         return timesteps
+    check_count(n, steps)
     steps = int(steps)
-    if not 1 <= steps <= n:
-        raise ValueError(f"steps must be between 1 and {n}, got {steps}")
     if spacing == "leading":
-        if not 0 <= offset < n - (steps - 1) * (n // steps):
-            raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
+        check_offset(n, steps, offset)
         return [i * (n // steps) + offset for i in reversed(range(steps))]
     if spacing == "trailing":
         return [int(t) for t in trailing_timesteps(n, steps)]
     if spacing == "linspace":
         return [int(t) for t in np.linspace(0, n - 1, steps).round()[::-1]]
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
+
+
+def check_count(n: int, steps: Any) -> None:
+    """Raise ValueError unless it is a number of timesteps of n."""
+    if isinstance(steps, bool) or not 1 <= steps <= n:
+        raise ValueError(f"steps must be between 1 and {n}, got {steps}")
+
+
+def check_offset(n: int, steps: int, offset: int) -> None:
+    """Raise ValueError unless the timesteps of "leading" stay in [0, n) with the offset."""
+    if not 0 <= offset < n - (steps - 1) * (n // steps):
+        raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
 
 
 def trailing_timesteps(n: int, steps: int) -> np.ndarray:

@@ -16,6 +16,7 @@ The builders reproduce the schedulers of diffusers, step by step; how they come 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,6 +145,8 @@ class StepTable:
         told = tuple(float(timestep) for timestep in timesteps)
         if len(told) != len(self):
             raise ValueError(f"timesteps must be {len(self)}, one for each evaluation, got {len(told)}")
+        if any(map(math.isnan, told)):
+            raise ValueError(f"timesteps must be numbers, got {list(told)}")
         rows = self.rows.clone()
         rows[:, COLUMNS.index("timestep")] = torch.tensor(told, dtype=torch.float64)
         return StepTable(rows, told, self.learned_variance, self.initial_sigma)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ._fused import FusedMethod, own_methods
+from ._fused import Fused, FusedMethod, hold, let_go, own_methods
 from ._kept import Seen, can_be_seen, invalidations, outside_inference, values_kept
 from ._once import once_of_graph
 
@@ -91,7 +91,10 @@ class ConvertedForward(FusedMethod):
                     value = value.to(own)
                 return value.contiguous() if value.dim() == 4 and layouts == {True} else value
 
+            sizes = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")  # of pictures, embedded like times
             args, kwargs = tree_map(enter, (args, kwargs))
+            if sizes is not None:
+                kwargs["added_cond_kwargs"]["time_ids"] = sizes
             return tree_map(leave, forward(self.owner, *args, **kwargs))
 
     @contextmanager
@@ -142,9 +145,10 @@ def _floating(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]] | No
     """Where a model's floating tensors stand; None if there is one that cannot be converted."""
     found = []
     for module in model.modules():
+        keeps = module.keeps_dtype if isinstance(module, Fused) else ()
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is None or not tensor.is_floating_point():
+                if tensor is None or not tensor.is_floating_point() or name in keeps:
                     continue
                 if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not can_be_seen(tensor):
                     return None
@@ -181,7 +185,7 @@ def convert(
         if not held and "forward" in vars(model):
             return "its forward is replaced on the instance, so that it stays in its own dtype and memory format"
         key = held[0] if held else "forward"
-    vars(model)[key] = (make or ConvertedForward)(model, dtype, memory_format)
+    hold(model, key, (make or ConvertedForward)(model, dtype, memory_format))
     return None
 
 
@@ -189,10 +193,7 @@ def unconvert(model: nn.Module) -> None:
     """Undo `convert`, also where a wrapper has taken the method's name and keeps the method under another one."""
     for key, value in list(vars(model).items()):
         if isinstance(value, ConvertedForward):
-            if key == value.method:
-                del vars(model)[key]
-            else:
-                vars(model)[key] = type(model).forward.__get__(model)
+            let_go(model, key, value)
 
 
 def converted_bytes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:

@@ -162,6 +162,7 @@ class FusedGEGLU(Fused, GEGLU):
 
 _ADDED = (AttnAddedKVProcessor2_0, AttnAddedKVProcessor)
 _PLAIN = (AttnProcessor2_0, AttnProcessor)
+_SCALING = (AttnProcessor, AttnAddedKVProcessor)  # by what the block says
 
 
 class FusedAttention(Fused, Attention):
@@ -272,15 +273,16 @@ class FusedAttention(Fused, Attention):
         context_k: Tensor | None = None,
         context_v: Tensor | None = None,
     ) -> Tensor:
-        """(B, heads, N, width) each -> (B, N, heads * width). The processors of PyTorch 2 know no other scale."""
+        """(B, heads, N, width) each -> (B, N, heads * width). PyTorch 2's processors know the usual scale alone."""
+        scale = self.scale if type(self.processor) in _SCALING else None
         given = (t for t in (q, k, v, context_k, context_v) if t is not None)
         dtypes = {t.dtype for t in given}
         if not is_plain(q, k, v, context_k, context_v, mask) or len(dtypes) > 1:
             k = k if context_k is None else torch.cat([context_k, k], dim=2)
             v = v if context_v is None else torch.cat([context_v, v], dim=2)
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         else:
-            out = ops.attention(q, k, v, context_k=context_k, context_v=context_v, bias=mask)
+            out = ops.attention(q, k, v, context_k=context_k, context_v=context_v, bias=mask, scale=scale)
         return out.transpose(1, 2).flatten(2)
 
     def _out(self, x: Tensor, add: Tensor | None) -> Tensor:
@@ -332,11 +334,9 @@ def _why_processor_called(attention: Any) -> str | None:
         return "the block has norms of queries and keys, or of another kind"
     if processor in _ADDED and attention.group_norm is None:
         return "it needs a group norm"
-    if (processor is AttnProcessor or processor is AttnAddedKVProcessor) and (
-        attention.upcast_attention or attention.upcast_softmax or not attention.scale_qk
-    ):
+    if processor in _SCALING and (attention.upcast_attention or attention.upcast_softmax or not attention.scale_qk):
         return "it computes in another precision, or without a scale"
-    width = attention.inner_dim // attention.heads
+    width = attention.inner_dim // max(attention.heads, 1)
     if width % 8 or width > 256:
         return f"heads are {width} wide, and the op needs a multiple of 8 up to 256"
     return None

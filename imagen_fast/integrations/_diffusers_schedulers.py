@@ -282,12 +282,13 @@ class FusedEulerStep(FusedStep):
             )
         sigma = float(owner.sigmas[owner.step_index])
         noise = noise_like(sample, generator) if churn[0] > 0 and churn[1] <= sigma <= churn[2] else None
-        # The scheduler's x0 is float32, whatever the model's dtype
+        # The scheduler's x0 is float32, whatever the model's dtype, unless the model gives it
         following, x0 = ops.sampler_step(
             sample.float(), model_output, table, owner.step_index, noise=noise, return_x0=True
         )
         owner._step_index += 1
         following = following.to(model_output.dtype)
+        x0 = model_output if owner.config.prediction_type == "sample" else x0
         return EulerDiscreteSchedulerOutput(following, x0) if return_dict else (following, x0)
 
 

@@ -7,7 +7,8 @@ to work as it does in the original. So every call looks at the children first, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -43,6 +44,7 @@ class Fused(nn.Module):
             and none that anybody would miss.
         caches_text: whether it keeps what it computes from the text alone; taken for inference, if that is wanted.
         names: the last parts of the names of the modules that may take this form; all if there are none.
+        keeps_dtype: parameters that keep their dtype in a model that computes in another one (`_converted`).
     """
 
     original: ClassVar[type[nn.Module]]
@@ -53,11 +55,14 @@ class Fused(nn.Module):
     names: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     parameters_read: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    keeps_dtype: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "original" in vars(cls):
             cls.form = cls
+        if "forward" in vars(cls):
+            cls.forward = _while_fused(cls.forward)  # type: ignore[method-assign]
 
     @classmethod
     def joined(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -80,6 +85,18 @@ class Fused(nn.Module):
             if reason is not None:
                 found.append(f"{name} ({type(child).__name__}) is called as it is: {reason}")
         return found
+
+
+def _while_fused(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward for a module that somebody may still call by it when the module has got its own class back."""
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Fused):
+            return forward(self, *args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    return run
 
 
 class FusedMethod:
@@ -136,15 +153,17 @@ def has_form(obj: object, form: Form) -> bool:
 def take_form(module: Any, cls: type) -> None:
     """Give the module another class, also where the instance holds on to a method of the one that it has.
 
-    Libraries that wrap `forward` on an instance (Hugging Face's accelerate) keep the bound method to call it later.
+    Libraries that wrap `forward` on an instance (Hugging Face's accelerate, diffusers' hooks) keep the bound method to
+    call it later.
     """
     if issubclass(cls, FusedMethod):
-        vars(module)[cls.method] = cls(module)
+        hold(module, cls.method, cls(module))
         return
-    methods = own_methods(module)
+    methods = [(holder, _methods_in(holder, module)) for holder in _holders(module)]
     module.__class__ = cls
-    for key, method in methods.items():
-        vars(module)[key] = getattr(cls, method).__get__(module)
+    for holder, held in methods:
+        for key, method in held.items():
+            holder[key] = getattr(cls, method).__get__(module)
 
 
 def give_back(module: Any) -> None:
@@ -153,9 +172,50 @@ def give_back(module: Any) -> None:
         drop(module)
     if isinstance(module, Fused):
         take_form(module, _original_class(module))
-    fused = [name for name, value in vars(module).items() if isinstance(value, FusedMethod) and name == value.method]
-    for name in fused:
-        del vars(module)[name]
+    _drop_methods(module)
+
+
+def hold(module: Any, key: str, method: FusedMethod) -> None:
+    """Have an object hold a method of its own under some name."""
+    vars(module)[key] = method
+    if isinstance(module, nn.Module):
+        vars(module)[_Replicate.method] = _Replicate(module)
+
+
+def let_go(module: Any, key: str, method: FusedMethod) -> None:
+    """The opposite, where its class's method takes the place of one that does not stand under its own name."""
+    if key == method.method:
+        del vars(module)[key]
+    else:
+        vars(module)[key] = getattr(type(module), method.method).__get__(module)
+    left = [value for value in vars(module).values() if isinstance(value, FusedMethod)]
+    if [*map(type, left)] == [_Replicate]:
+        del vars(module)[_Replicate.method]
+
+
+def _drop_methods(module: Any) -> None:
+    """All of them, wherever they are held to be called later."""
+    for holder in _holders(module):
+        for name, value in list(holder.items()):
+            if not isinstance(value, FusedMethod):
+                continue
+            if holder is vars(module) and name == value.method:
+                del holder[name]
+            else:
+                holder[name] = getattr(type(module), value.method).__get__(module)
+
+
+class _Replicate(FusedMethod):
+    """How `nn.DataParallel` copies a module: with all its attributes, of which the methods would be the original's."""
+
+    original = nn.Module
+    method = "_replicate_for_data_parallel"
+    ops = ()
+
+    def __call__(self) -> Any:
+        replica = type(self.owner)._replicate_for_data_parallel(self.owner)
+        _drop_methods(replica)
+        return replica
 
 
 def forget(obj: Any) -> None:
@@ -167,11 +227,21 @@ def forget(obj: Any) -> None:
             value.forget()
 
 
+def _holders(module: Any) -> list[dict[str, Any]]:
+    """Where methods of the module may be held to be called later: its attributes, and the chain of diffusers' hooks."""
+    hooks = getattr(vars(module).get("_diffusers_hook"), "_fn_refs", ())
+    return [vars(module), *map(vars, hooks)]
+
+
 def own_methods(module: nn.Module) -> dict[str, str]:
     """The methods of its class that the instance itself holds, bound to it: attribute and name of the method."""
+    return _methods_in(vars(module), module)
+
+
+def _methods_in(holder: Mapping[str, Any], module: nn.Module) -> dict[str, str]:
     return {
         key: value.__name__
-        for key, value in vars(module).items()
+        for key, value in holder.items()
         if isinstance(value, MethodType)
         and value.__self__ is module
         and value.__func__ is getattr(type(module), value.__name__, None)

@@ -236,6 +236,11 @@ class GraphPool(Pool[_Graph]):
         random = self.recorder.random_state(device)
         with active(once):
             result = self.recorder.warm_up(run, device)
+        if not once.can_be_renewed():
+            once = Once({})  # all is computed in the graph
+            with active(once):
+                result = self.recorder.warm_up(run, device)
+        with active(once):
             if not torch.equal(self.recorder.random_state(device), random):
                 self.recorder.set_random_state(random, device)
                 raise NotRecorded("it draws random numbers")

@@ -209,6 +209,28 @@ class FusedPerceiverAttention(_Attention, library.PerceiverAttention):
         return self._attend(q, k, v, context_k=text_k, context_v=text_v, key_mask=key_mask)
 
 
+class FusedSinusoids(Fused, library.LearnedSinusoidalPosEmb):
+    """Sines and cosines of a time, which 16 bits are too few for."""
+
+    original = library.LearnedSinusoidalPosEmb
+    ops = ()
+    keeps_dtype = ("weights",)
+
+
+class FusedEntrance(Fused, nn.Sequential):
+    """Layers that get float32 from the library (a time, a mean) also where their weights are converted to 16 bits."""
+
+    original = nn.Sequential
+    ops = ()
+    names = ("to_time_hiddens", "to_lowres_time_hiddens", "to_latents_from_mean_pooled_seq")
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self:
+            weight = layer._parameters.get("weight")
+            input = layer(input if weight is None else input.to(weight.dtype))
+        return input
+
+
 BLOCKS = (
     FusedBlock,
     FusedResnetBlock,
@@ -216,4 +238,6 @@ BLOCKS = (
     FusedAttention,
     FusedCrossAttention,
     FusedPerceiverAttention,
+    FusedSinusoids,
+    FusedEntrance,
 )

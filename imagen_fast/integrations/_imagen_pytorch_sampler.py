@@ -124,6 +124,15 @@ _RENAMED = {
 _NOT_FOR_PICTURES = ("cond_video_frames", "post_cond_video_frames")
 
 
+# What the library calls for a step, and this does not
+_SOLVER = ("predict_start_from_noise", "predict_start_from_v", "q_posterior")
+
+
+def _has_own(owner: Any, library: type, methods: tuple[str, ...]) -> bool:
+    """Whether an object or its class has other methods than the library's class."""
+    return any(name in vars(owner) or getattr(type(owner), name) is not getattr(library, name) for name in methods)
+
+
 @lru_cache(maxsize=4096)
 def _one_step(log_snr: float, log_snr_next: float, last: bool, prediction: Any) -> StepTable:
     """A step of `GaussianDiffusionContinuousTimes`: its posterior, written out in float64.
@@ -161,8 +170,8 @@ class FusedSample(FusedMethod):
     def why_left(cls, owner: Any) -> str | None:
         if owner.is_video:
             return "it samples videos"
-        if type(owner).p_mean_variance is not Imagen.p_mean_variance:
-            return "its class has a p_mean_variance of its own"
+        if _has_own(owner, Imagen, ("p_mean_variance",)):
+            return "it has a p_mean_variance of its own"
         return None
 
     @torch.no_grad()
@@ -193,6 +202,10 @@ class FusedSample(FusedMethod):
         if not (isinstance(t, Tensor) and isinstance(t_next, Tensor) and t.device.type == t_next.device.type == "cpu"):
             return None  # reading times that are on a device would wait for it
         if type(noise_scheduler) is not GaussianDiffusionContinuousTimes or not is_plain(x) or 0 in x.shape:
+            return None
+        if _has_own(self.owner, Imagen, ("p_mean_variance",)):
+            return None
+        if _has_own(noise_scheduler, GaussianDiffusionContinuousTimes, _SOLVER):
             return None
         if any(kwargs.get(name) is not None for name in _NOT_FOR_PICTURES):
             return None

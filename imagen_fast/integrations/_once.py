@@ -27,14 +27,20 @@ class Once:
         self._numbers = {id(tensor): number for number, tensor in inputs.items()}
         self._known = {id(tensor): tensor for tensor in inputs.values()}
         self._made: dict[Hashable, tuple[Callable[[], Any], Any]] = {}
+        self._still: list[Callable[[], bool]] = []
         self._held: list[Any] = []
 
     def hold(self, kept: Any) -> None:
         """Have tensors live as long as the graph, which reads them where they are, and which others may drop."""
         self._held.append(kept)
 
-    def of(self, key: Hashable, given: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        """`make()`, computed in the graph unless all that is given are inputs, or were themselves made of some."""
+    def of(
+        self, key: Hashable, given: Sequence[Tensor], make: Callable[[], Any], still: Callable[[], bool] | None = None
+    ) -> Any:
+        """`make()`, computed in the graph unless all that is given are inputs, or were themselves made of some.
+
+        `still` tells whether what else the result depends on is as it is now.
+        """
         if not all(map(self.knows, given)):
             return make()
         key = (key, *map(id, given))
@@ -43,12 +49,19 @@ class Once:
             with _disable_current_modes():  # what records the call sees nothing of it
                 result = make()
             self._made[key] = make, result
+            if still is not None:
+                self._still.append(still)
             self._known.update((id(leaf), leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return self._made[key][1]
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether this is one of the inputs, or was made of one."""
         return id(tensor) in self._known
+
+    def can_be_renewed(self) -> bool:
+        """Outside of the call: whether everything would be made as within it, where a model may set what it computes
+        with for the call's duration (the scale of adapters)."""
+        return all(still() for still in self._still)
 
     def renew(self) -> None:
         """Make everything anew, where it is."""

@@ -25,8 +25,8 @@ from ..models.t5.layers import (
 )
 from ..reference.attention import RelativePositionBias
 from ._fused import Fused, attention, is_head_width, is_plain, why_called
-from ._once import once_of_graph
 from ._packed import adds_at_once, linear, linears
+from ._padding import with_means
 
 _WEIGHT = ("weight",)
 _HALF = (torch.float16, torch.bfloat16)
@@ -97,21 +97,12 @@ class FusedT5Attention(Fused, T5Attention):
         q, k, v = map(self._split_heads, linears(self, (self.q, self.k, self.v), x))
         mixed = attention(q, k, v, bias=bias, key_mask=key_mask, scale=1.0)
         if key_mask is not None:
-            mixed = _with_means(mixed, v, key_mask)
+            mixed = with_means(mixed, v, key_mask)
         return mixed.transpose(1, 2).flatten(2)
 
 
 def _table(bias: Tensor | RelativePositionBias) -> tuple[Tensor]:
     return (bias.table if isinstance(bias, RelativePositionBias) else bias,)
-
-
-def _with_means(mixed: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    """A sentence without a token to attend to attends to all of them alike; the op gives it zeros."""
-    empty = ~key_mask.any(1)
-    recorded = torch.compiler.is_compiling() or once_of_graph() is not None  # for any mask
-    if not recorded and empty.device.type == "cpu" and not empty.any():
-        return mixed
-    return torch.where(empty[:, None, None, None], v.mean(2, keepdim=True), mixed)
 
 
 class FusedT5GatedFFN(Fused, T5GatedFFN):

@@ -136,6 +136,8 @@ class ReplayPool(Pool[_Replay]):
         args, kwargs = call.on(inputs)
         with active(once), recording(record):
             result = function(*args, **kwargs)
+        if not once.can_be_renewed():
+            raise NotRecorded("what is made of its text is made with settings of this call alone")
         for leaf in tree_leaves(result):
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 raise NotRecorded(f"its result holds a {type(leaf).__name__}")

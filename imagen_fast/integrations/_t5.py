@@ -23,6 +23,7 @@ from .. import ops
 from ..ops.attention import RelativePositionBias
 from ._fused import Fused, FusedMethod, is_plain, why_called
 from ._packed import linears
+from ._padding import with_means
 
 _OVER = ("sdpa", "eager", "flex_attention")
 
@@ -107,11 +108,14 @@ class SelfAttention(Fused):
     key_value_proj_dim: int
     relative_attention_bias: nn.Embedding
     relative_attention_max_distance: int
+    relative_attention_num_buckets: int
 
     @classmethod
     def obstacles(cls, module: nn.Module) -> list[str]:
         assert isinstance(module, cls.original)
         found = super().obstacles(module) if module.has_relative_attention_bias else []
+        if module.has_relative_attention_bias and not cls._has_known_buckets(module):  # type: ignore[arg-type]
+            found.append("its bias is expanded as before: the op needs an even number of buckets, and distances beyond")
         if not _has_heads(module.key_value_proj_dim):  # type: ignore[arg-type]
             found.append(f"it attends as before: its heads are {module.key_value_proj_dim} wide, and {_HEADS}")
         return found
@@ -127,9 +131,15 @@ class SelfAttention(Fused):
             query_length == key_length
             and self.is_on_ours()
             and why_called(self.relative_attention_bias, nn.Embedding, self.parameters_read) is None
+            and self._has_known_buckets()
         ):
             return PositionBias(self, query_length, key_length, device)
         return super().compute_bias(query_length, key_length, device, past_seen_tokens)  # type: ignore[misc]
+
+    def _has_known_buckets(self) -> bool:
+        """Whether the op has such a table: the library's logarithm may give buckets that it has not."""
+        buckets = self.relative_attention_num_buckets
+        return buckets >= 4 and buckets % 2 == 0 and self.relative_attention_max_distance > buckets // 4
 
     def is_on_ours(self) -> bool:
         """Whether it attends by the functions of this file."""
@@ -196,6 +206,8 @@ def _attend(
             module, query, key, value, given, dropout=dropout, scaling=scaling, position_bias=bias, **kwargs
         )
     out = ops.attention(query, key, value, bias=bias, key_mask=key_mask, scale=scaling)
+    if key_mask is not None:
+        out = with_means(out, value, key_mask)
     return out.transpose(1, 2), None
 
 
@@ -265,10 +277,18 @@ class EncoderForward(FusedMethod):
         return type(self.owner).forward.__get__(self.owner)
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and self._is_on_ours():
-            device = next((x.device for x in (input_ids, kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None)
-            attention_mask = attention_mask[:, None, None].to(device=device, dtype=torch.bool)
+        text = next((x for x in (input_ids, kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None)
+        if isinstance(attention_mask, Tensor) and text is not None and self._is_on_ours():
+            attention_mask = self._one_row(attention_mask, text)
         return type(self.owner).forward(self.owner, input_ids, attention_mask, *args, **kwargs)
+
+    def _one_row(self, mask: Tensor, text: Tensor) -> Tensor:
+        """The mask of a text (B, L) or (B, L, d_model) with a row for all its queries, if it is one of padding."""
+        if mask.dim() == 4 and mask.dtype == torch.bool and self.owner.config._attn_implementation == "eager":
+            return mask.to(self.owner.dtype)  # it is added to the scores
+        if mask.shape != text.shape[:2]:
+            return mask
+        return mask[:, None, None].to(device=text.device, dtype=torch.bool)
 
     def _is_on_ours(self) -> bool:
         attentions = [getattr(block.layer[0], "SelfAttention", None) for block in self.owner.block]

@@ -9,7 +9,7 @@ is not known to compute from its parameters alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ _PURE = {
     *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.SiLU, nn.Dropout, nn.Identity),
     *(nn.ModuleList, nn.ModuleDict, nn.Sequential),
 }
+_NUMBERS = (bool, int, float, str, type(None))
 _EMBEDDINGS = ("diffusers.models.embeddings", TextConditioning.__module__)
 
 
@@ -40,7 +41,11 @@ class _Made(NamedTuple):
 
 
 def of_text(
-    owner: nn.Module, key: str, through: Iterable[nn.Module | None], given: tuple[Tensor, ...], make: Callable[[], Any]
+    owner: nn.Module,
+    key: str,
+    through: Sequence[nn.Module | None],
+    given: tuple[Tensor, ...],
+    make: Callable[[], Any],
 ) -> Any:
     """`make()`, or what it gave for the same text before.
 
@@ -53,7 +58,7 @@ def of_text(
     """
     if torch.compiler.is_compiling() or not values_kept() or any(type(x) is not Tensor or x.is_meta for x in given):
         return make()
-    description = _describe(through)
+    description = _describe(owner, through)
     if description is None or not all(x.device.type == "cpu" or can_be_seen(x) for x in given):
         return make()
     once = once_of_graph()
@@ -65,7 +70,11 @@ def of_text(
         def make() -> Any:  # the record writes to what it reads, so not to what is kept
             return tree_map(Tensor.clone, _kept_or_made(owner, key, description, given, compute))
 
-    return once.of((id(owner), key), given, make)  # dropped when a module has changed
+    def still() -> bool:
+        found = _describe(owner, through)
+        return found is not None and found[0] == description[0]
+
+    return once.of((id(owner), key), given, make, still)  # dropped when a module has changed
 
 
 def _kept_or_made(
@@ -101,11 +110,11 @@ def _is_same(kept_text: Seen | Tensor, text: Tensor) -> bool:
     return kept_text.still(text) if isinstance(kept_text, Seen) else same_numbers(kept_text, text)
 
 
-def _describe(modules: Iterable[nn.Module | None]) -> tuple[Any, list[Tensor]] | None:
-    """All that the results of modules depend on, besides their inputs; None if that cannot be told."""
+def _describe(owner: nn.Module, modules: Iterable[nn.Module | None]) -> tuple[Any, list[Tensor]] | None:
+    """All that the results of an owner's modules depend on, besides their inputs; None if that cannot be told."""
     if _module._has_any_global_hook():
         return None
-    states: list[Any] = []
+    states: list[Any] = [_attributes(owner)]
     tensors: list[Tensor] = []
     for outer in modules:
         for module in () if outer is None else outer.modules():
@@ -131,11 +140,15 @@ def _state(module: Any) -> tuple[Any, ...] | None:
     original = cls.__dict__.get("original", cls)
     if original is nn.Dropout:
         return None if module.training and module.p > 0 else ()
-    if original in _PURE or original.__module__ == "torch.nn.modules.container":
-        return (getattr(module, "eps", None),)
     if cls.__module__.startswith("peft.tuners.lora."):
         return _adapter_state(module)
-    return (original,) if original.__module__ in _EMBEDDINGS else None
+    known = original in _PURE or original.__module__ in ("torch.nn.modules.container", *_EMBEDDINGS)
+    return (original, _attributes(module)) if known else None
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Those that are numbers, flags and names: how many heads or groups it has, and the like."""
+    return [(name, value) for name, value in vars(module).items() if isinstance(value, _NUMBERS)]
 
 
 def _adapter_state(layer: Any) -> tuple[Any, ...] | None:

@@ -52,6 +52,19 @@ def _runs(obj: Any, inputs: Any) -> Iterator[Callable[[], object]]:
         )
 
 
+def _synthetic_labels(unet: Any, random: Callable[..., Tensor]) -> Tensor | None:
+    config = unet.config
+    if config.class_embed_type == "identity":
+        return random(2, config.time_embedding_dim or 4 * config.block_out_channels[0])
+    if config.class_embed_type in ("projection", "simple_projection"):
+        return random(2, config.projection_class_embeddings_input_dim)
+    if config.class_embed_type == "timestep":
+        return torch.tensor([0, 1], device=unet.device)
+    if config.num_class_embeds is not None:
+        return torch.tensor([0, config.num_class_embeds - 1], device=unet.device)
+    return None
+
+
 def _synthetic_inputs(unet: Any) -> dict[str, Any]:
     """Two random pictures, the smallest that keep 4 pixels a side everywhere, with a text of 7 tokens."""
     config = unet.config
@@ -68,11 +81,17 @@ def _synthetic_inputs(unet: Any) -> dict[str, Any]:
         "timestep": torch.tensor([20, 700], device=unet.device),
         "encoder_hidden_states": random(2, 7, width),
     }
-    if config.class_embed_type == "timestep" or config.num_class_embeds is not None:
-        inputs["class_labels"] = torch.tensor([0, 1], device=unet.device)
+    labels = _synthetic_labels(unet, random)
+    if labels is not None:
+        inputs["class_labels"] = labels
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": random(2, pooled), "time_ids": random(2, 6)}
+    elif config.addition_embed_type not in (None, "text"):
+        raise ValueError(
+            f"verify=True has no inputs for a U-Net with addition_embed_type {config.addition_embed_type!r}; "
+            "give the arguments of a call: verify={...}"
+        )
     return inputs
 
 

@@ -20,7 +20,7 @@ from transformers.models.umt5 import modeling_umt5
 
 from .. import ops
 from . import Integration
-from ._fused import Fused, is_plain, own_methods
+from ._fused import Fused, hold, is_plain, let_go, own_methods
 from ._graphed import Prepare, prepared_text
 from ._packed import PackedLinear, linear
 from ._t5 import EncoderForward, SelfAttention
@@ -227,20 +227,17 @@ def _attach(obj: nn.Module) -> None:
             continue
         held = [key for key, method in own_methods(module).items() if method == "forward"]  # by a wrapper
         if held or "forward" not in vars(module):
-            vars(module)[held[0] if held else "forward"] = EncoderForward(module)
+            hold(module, held[0] if held else "forward", EncoderForward(module))
 
 
 def _detach(obj: nn.Module) -> None:
     for module in obj.modules():
-        for key in _encoder_forwards(module):
-            if key == "forward":
-                del vars(module)[key]
-            else:
-                vars(module)[key] = type(module).forward.__get__(module)
+        for key, forward in _encoder_forwards(module).items():
+            let_go(module, key, forward)
 
 
-def _encoder_forwards(module: nn.Module) -> list[str]:
-    return [key for key, value in vars(module).items() if isinstance(value, EncoderForward)]
+def _encoder_forwards(module: nn.Module) -> dict[str, EncoderForward]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, EncoderForward)}
 
 
 def _parts(obj: nn.Module) -> Mapping[str, nn.Module]:

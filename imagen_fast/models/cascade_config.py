@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..diffusion.schedules import linear_betas, squaredcos_cap_v2
 from ..diffusion.step_table import StepTable
+from ..ops._checks import is_integer, is_number
 from ..reference.guidance import DynamicThreshold
 from .efficient_unet import EfficientUNet, EfficientUNetConfig
 from .t5 import T5Config
@@ -185,14 +187,17 @@ class ImagenConfig:
         for i, stage in enumerate(self.stages):
             given = _per_stage(steps, "steps", i, len(names))
             count = stage.steps if given is None else given
-            if not isinstance(count, int) or not 1 <= count <= stage.train_timesteps:
+            if not is_integer(count) or not 1 <= count <= stage.train_timesteps:
                 raise ValueError(f"steps must be a whole number from 1 to {stage.train_timesteps}, got {count!r}")
+            count = int(count)
             build = SOLVERS[solver or (stage.solver if given is None else default_solver(count))]
             table = build(stage.alphas_cumprod(), steps=count, prediction=stage.prediction, spacing=stage.spacing)
             scale = _per_stage(guidance, "guidance", i, len(names))
-            scale = stage.guidance if scale is None else float(scale)
+            scale = stage.guidance if scale is None else scale
+            if not is_number(scale) or not math.isfinite(scale):
+                raise ValueError(f"guidance must be a finite number, or one per stage, got {scale!r}")
             clipping = stage.thresholding if threshold is None else None if threshold == "none" else threshold
-            plans.append(StagePlan(stage, table, scale, clipping))
+            plans.append(StagePlan(stage, table, float(scale), clipping))
             if stage.name == until:
                 break
         return plans
@@ -210,8 +215,10 @@ def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] 
 
 def _per_stage(value, name: str, index: int, count: int):
     """The stage's value of an argument that is one number for all stages, or one per stage."""
-    if value is None or isinstance(value, int | float):
+    if value is None or is_number(value):
         return value
+    if isinstance(value, str) or not hasattr(type(value), "__getitem__"):
+        raise TypeError(f"{name} must be a number, or one per stage, got {value!r}")
     if len(value) != count:
         raise ValueError(f"{name} must be one number, or one per stage: {count}, got {list(value)}")
     return value[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from ..diffusion.noise import AUGMENTATION, Noise
 from ..diffusion.sampling import sample_loop
 from ..errors import CheckpointError
 from ..files import atomic_directory
+from ..ops._checks import is_integer
 from ..reference.guidance import DynamicThreshold
 from . import checkpoint
 from .cascade_config import ImagenConfig, StageConfig, StagePlan, check_interval
@@ -168,7 +169,7 @@ class Imagen(nn.Module):
             until: name of the stage to stop after; None runs them all.
 
         Raises:
-            TypeError: prompts are not strings.
+            TypeError: prompts are not strings, or seed, steps or guidance no numbers.
             ValueError: an argument is out of range, or there is not one value per stage or per prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -232,12 +233,16 @@ class Imagen(nn.Module):
 
     @staticmethod
     def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-        if isinstance(seed, int):
-            return [seed + b for b in range(count)]
+        if is_integer(seed):
+            return [int(seed) + b for b in range(count)]  # type: ignore[arg-type]
+        if isinstance(seed, str) or not isinstance(seed, Iterable):
+            raise TypeError(f"seed must be an integer, or one per prompt, got {seed!r}")
         seeds = list(seed)
         if len(seeds) != count:
             raise ValueError(f"seed must be one number, or one per prompt: {count}, got {len(seeds)}")
-        return seeds
+        if not all(map(is_integer, seeds)):
+            raise TypeError(f"seed must be an integer, or one per prompt, got {seeds}")
+        return [int(one) for one in seeds]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from .. import _native
+
 if TYPE_CHECKING:  # static type checkers find nothing by running code: without this they see the modules
     from .abs_quantile import abs_quantile as abs_quantile
     from .add_noise import add_noise as add_noise
@@ -20,3 +22,5 @@ __all__ = sorted(module.name for module in pkgutil.iter_modules(__path__) if not
 
 for _name in __all__:
     globals()[_name] = getattr(importlib.import_module(f"{__name__}.{_name}"), _name)
+
+_native.load()  # a program that was exported calls the operators before anybody asks which backend there is

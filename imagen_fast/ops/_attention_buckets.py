@@ -20,6 +20,7 @@ def diagonal_buckets(bias: RelativePositionBias, queries: int, keys: int) -> Ten
     kind = (table.shape[0], bool(bias.bidirectional), bias.max_distance)
     if not makes_tensors_to_keep(table.device):
         return _computed(1 - queries, queries + keys - 1, kind, table.device)
+    queries, keys = int(queries), int(keys)  # `torch.jit.trace` makes tensors of sizes
     n = 1 << max(queries - 1, keys - 1, 1).bit_length()
     key = (table.device, *kind, n)
     found = _buckets.get(key)

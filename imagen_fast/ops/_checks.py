@@ -57,6 +57,19 @@ def alike(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have the shape of {x_name}, {tuple(x.shape)}, got {tuple(y.shape)}")
 
 
+def promoted(x: Tensor, name: str, y: Any) -> tuple[Tensor, Any]:
+    """x and y, of the wider of their dtypes where PyTorch would make them so: under autocast, which leaves sums and
+    products alone."""
+    if not isinstance(y, Tensor) or y.dtype == x.dtype:
+        return x, y
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x, y
+    floating(name, y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
 def is_integer(value: Any) -> bool:
     """Whether it is an integer, Python's or NumPy's; True and False are none."""
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)

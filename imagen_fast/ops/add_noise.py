@@ -34,6 +34,7 @@ def _check(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor 
     _checks.floating("x0", x0)
     if not 2 <= x0.dim() <= 5:
         raise ValueError(f"x0 must have 2 to 5 dimensions (B, C, positions...), got shape {tuple(x0.shape)}")
+    x0, noise = _checks.promoted(x0, "noise", noise)
     _checks.floating("noise", noise)
     if noise.dtype != x0.dtype:
         raise TypeError(f"noise must be {x0.dtype} as x0 is, got {noise.dtype}")

@@ -45,6 +45,7 @@ def _check(gate: Tensor, value: Tensor | None = None, approximate: str = "tanh")
         if gate.shape[-1] % 2:
             raise ValueError(f"gate must have an even last size where there is no value, got {gate.shape[-1]}")
     else:
+        gate, value = _checks.promoted(gate, "value", value)
         _checks.alike("value", value, "gate", gate)
     _checks.one_of("approximate", approximate, ("tanh", "none"))
     return _Call(gate, value, approximate)

@@ -42,8 +42,7 @@ class _Call(NamedTuple):
 
 def _check(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6) -> _Call:
     _checks.floating("x", x)
-    if isinstance(residual, Tensor) and residual.dtype != x.dtype:
-        x, residual = _autocast(x, residual)
+    x, residual = _checks.promoted(x, "residual", residual)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     _checks.parameter("weight", weight, x, required=True)
@@ -53,16 +52,6 @@ def _check(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: fl
         _checks.alike("residual", residual, "x", x)
     eps = _checks.not_negative("eps", eps)
     return _Call(x, weight, residual, eps)
-
-
-def _autocast(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """As autocast, which leaves additions alone, lets PyTorch treat the terms of `x + residual`."""
-    device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return x, residual
-    _checks.floating("residual", residual)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    return x.to(dtype), residual.to(dtype)
 
 
 _LIBRARY = torch.library.Library("imagen_fast", "FRAGMENT")

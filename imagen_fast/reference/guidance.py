@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,12 @@ class Guidance:
     remove_parallel: bool = False
 
     def __post_init__(self) -> None:
+        _check_number("scale", self.scale)
+        _check_number("rescale", self.rescale)
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {self.rescale}")
+        if not isinstance(self.remove_parallel, bool):
+            raise TypeError(f"remove_parallel must be True or False, got {self.remove_parallel!r}")
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,18 @@ class DynamicThreshold:
     max_value: float | None = None
 
     def __post_init__(self) -> None:
+        _check_number("percentile", self.percentile)
+        _check_number("min_value", self.min_value)
+        if self.max_value is not None:
+            _check_number("max_value", self.max_value)
         if not 0 <= self.percentile <= 1:
             raise ValueError(f"percentile must be between 0 and 1, got {self.percentile}")
-        if self.min_value <= 0:
-            raise ValueError(f"min_value must be positive, got {self.min_value}")
-        if self.max_value is not None and self.max_value < self.min_value:
+        if not 0 < self.min_value < math.inf:
+            raise ValueError(f"min_value must be positive and finite, got {self.min_value}")
+        if self.max_value is not None and not self.max_value >= self.min_value:
             raise ValueError(f"max_value must be at least min_value {self.min_value}, got {self.max_value}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")

@@ -7,13 +7,23 @@ import math
 import pytest
 import torch
 
-from imagen_fast.diffusion import StepTable, linear_betas, squaredcos_cap_v2
+from imagen_fast.diffusion import (
+    DynamicThreshold,
+    Guidance,
+    StepTable,
+    karras_sigmas,
+    linear_betas,
+    squaredcos_cap_v2,
+)
 from imagen_fast.diffusion._variance_preserving import multistep
 from imagen_fast.reference.sampler_step import sampler_step
 
 ALPHAS = squaredcos_cap_v2(1000)
 TO_PURE_NOISE = torch.tensor([0.9, 0.5, 0.1, 0.0])
 PREDICTIONS = ("epsilon", "v", "x0")
+
+
+NAN = math.nan
 
 
 def output_of(prediction: str, x0: torch.Tensor, sample: torch.Tensor, timestep: int) -> torch.Tensor:
@@ -189,6 +199,30 @@ def test_uses_and_length():
         (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=1001, karras=True), ValueError, "between 1 and 1000"),
         (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=5, karras=True, rounding="up"), ValueError, "rounding"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).with_timesteps([1.0]), ValueError, "timesteps must be 5"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5).with_timesteps([NAN] * 5), ValueError, "timesteps"),
+        (lambda: StepTable.ddim(ALPHAS, steps=[5.7, 1.2]), ValueError, "whole numbers"),
+        (lambda: StepTable.ddim(ALPHAS, steps=True), ValueError, "steps"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5, final_alpha_cumprod=2.0), ValueError, "final_alpha_cumprod"),
+        (lambda: StepTable.ddpm(ALPHAS, steps=5, final_alpha_cumprod=-1.0), ValueError, "final_alpha_cumprod"),
+        (lambda: StepTable.euler(ALPHAS, steps=2, spacing="leading", offset=501), ValueError, "offset"),
+        (lambda: StepTable.heun(ALPHAS, steps=2, spacing="leading", offset=-1), ValueError, "offset"),
+        (lambda: StepTable.euler(ALPHAS, steps=[NAN]), ValueError, "steps"),
+        (lambda: StepTable.euler(ALPHAS, steps=2, churn=NAN), ValueError, "churn"),
+        (lambda: StepTable.euler(ALPHAS, steps=2, churn=-1.0), ValueError, "churn"),
+        (lambda: StepTable.edm(torch.tensor([NAN, 2.0])), ValueError, "sigmas"),
+        (lambda: StepTable.edm(torch.tensor([3.0, NAN, 2.0])), ValueError, "sigmas"),
+        (lambda: StepTable.edm(torch.tensor([math.inf, 2.0])), ValueError, "sigmas"),
+        (lambda: StepTable.edm([2.0, 1.0]), TypeError, "sigmas must be a tensor"),
+        (lambda: StepTable.edm(torch.tensor([2.0, 1.0]), sigma_data=NAN), ValueError, "sigma_data"),
+        (lambda: StepTable.edm(torch.tensor([2.0, 1.0]), churn_noise=-1.0), ValueError, "churn_noise"),
+        (lambda: karras_sigmas(3, rho=0.0), ValueError, "rho"),
+        (lambda: karras_sigmas(3, sigma_max=math.inf), ValueError, "sigma_max"),
+        (lambda: Guidance("strong"), TypeError, "scale must be a number"),
+        (lambda: Guidance(2.0, NAN), ValueError, "rescale"),
+        (lambda: Guidance(2.0, 0.0, "yes"), TypeError, "remove_parallel"),
+        (lambda: DynamicThreshold(None), TypeError, "percentile must be a number"),
+        (lambda: DynamicThreshold(0.9, NAN), ValueError, "min_value"),
+        (lambda: DynamicThreshold(0.9, 1.0, NAN), ValueError, "max_value"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).row(5), IndexError, "index"),
         (lambda: StepTable.ddim(ALPHAS, steps=5).row(-1), IndexError, "index"),
     ],

@@ -56,6 +56,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     ),
     "euler": ("EulerDiscreteScheduler", {}, {}, 3),
     "euler-v": ("EulerDiscreteScheduler", {"prediction_type": "v_prediction", "use_karras_sigmas": True}, {}, 3),
+    "euler-x0": ("EulerDiscreteScheduler", {"prediction_type": "sample", "use_exponential_sigmas": True}, {}, 3),
+    "euler-log-churn": ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, {"s_churn": 4.0}, 3),
     "euler-churn": ("EulerDiscreteScheduler", {}, {"s_churn": 4.0, "s_tmin": 0.1, "s_noise": 1.01}, 3),
 }
 
@@ -432,3 +434,18 @@ def test_it_works_in_inference_mode(kind: str) -> None:
         expected = one_step(plain)
         torch.manual_seed(3)
         torch.testing.assert_close(one_step(ours), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_euler_gives_x0_in_the_dtype_of_the_scheduler(prediction: str) -> None:
+    theirs, ours = (diffusers.EulerDiscreteScheduler(prediction_type=prediction) for _ in range(2))
+    imagen_fast.accelerate(ours)
+    results = []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(5)
+        sample = scheduler.scale_model_input(randn(0, *SHAPE).bfloat16(), scheduler.timesteps[0])
+        results.append(scheduler.step(randn(1, *SHAPE).bfloat16(), scheduler.timesteps[0], sample))
+    for key in ("prev_sample", "pred_original_sample"):
+        one, other = (result[key] for result in results)
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(one.abs().max()))  # theirs is rounded twice

@@ -227,3 +227,100 @@ def test_a_saved_config_does_not_change(kind: str, tmp_path: Any) -> None:
     model.save_config(tmp_path / "after")
     texts = [(tmp_path / name / "config.json").read_text() for name in ("before", "after")]
     assert texts[0] == texts[1]
+
+
+# ---- What libraries and their users do to a model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["layerwise-casting", "group-offloading", "closure"])
+def test_forwards_that_somebody_has_kept_work_after_restore(kind: str, how: str, when: str) -> None:
+    def change(model: Any) -> None:
+        if how == "layerwise-casting":
+            model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        elif how == "group-offloading":
+            from diffusers.hooks import apply_group_offloading
+
+            cpu = torch.device("cpu")
+            apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        else:
+            for module in model.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d | diffusers.models.resnet.ResnetBlock2D):
+                    module.forward = lambda *args, kept=module.forward, **kwargs: kept(*args, **kwargs)
+
+    model, plain = build(kind), build(kind)
+    if when == "before":
+        change(model)
+    imagen_fast.accelerate(model)
+    if when == "after":
+        change(model)
+    change(plain)
+    with torch.no_grad():
+        expected = plain(**inputs(kind)).sample
+        for _ in range(3):
+            torch.testing.assert_close(model(**inputs(kind)).sample, expected, rtol=1e-3, atol=1e-3)
+        imagen_fast.restore(model)
+        assert torch.equal(model(**inputs(kind)).sample, expected)
+
+
+def test_old_processors_scale_by_what_the_block_says(kind: str) -> None:
+    from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
+
+    results = []
+    for accelerated in (False, True):
+        model: Any = build(kind)
+        model.set_attn_processor(AttnProcessor() if kind == "sd" else AttnAddedKVProcessor())
+        if accelerated:
+            imagen_fast.accelerate(model)
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.scale *= 2
+        with torch.no_grad():
+            results.append(run(model, kind))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+LABELS: dict[str, dict[str, Any]] = {
+    "projection": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12},
+    "simple": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 12},
+    "identity": {"class_embed_type": "identity"},
+    "one class": {"num_class_embeds": 1},
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_verify_has_labels_of_every_kind(labels: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(**{**IF_BASE, **labels})
+    report = imagen_fast.accelerate(model, verify=True)
+    assert all(swapped.accuracy is not None for swapped in report.swapped if swapped.ops)
+
+
+def test_verify_says_that_it_needs_inputs() -> None:
+    torch.manual_seed(0)
+    sizes = {"addition_embed_type": "text_image", "addition_embed_type_num_heads": 4, "encoder_hid_dim": None}
+    model = diffusers.UNet2DConditionModel(**{**IF_BASE, **sizes})
+    with pytest.raises(ValueError, match=r"no inputs for .*'text_image'; give the arguments"):
+        imagen_fast.accelerate(model, verify=True)
+
+
+def test_sizes_of_pictures_stay_in_float32() -> None:
+    """Beside weights in 16 bits they are embedded as times are."""
+    torch.manual_seed(0)
+    sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    model = diffusers.UNet2DConditionModel(
+        **{**STABLE_DIFFUSION, **sizes, "projection_class_embeddings_input_dim": 8 * 6 + 16}
+    ).eval()
+    added = {"text_embeds": torch.randn(2, 16), "time_ids": torch.tensor([[1023.0, 777, 3, 5, 1021, 515]]).expand(2, 6)}
+    given = {**inputs("sd"), "added_cond_kwargs": added}
+    half = copy.deepcopy(model).bfloat16()
+    cast = {
+        key: value.bfloat16() if key in ("sample", "encoder_hidden_states") else value for key, value in given.items()
+    }
+    cast["added_cond_kwargs"] = {**added, "text_embeds": added["text_embeds"].bfloat16()}
+    wide = widened(given)
+    wide["added_cond_kwargs"] = {key: value.double() for key, value in added.items()}
+    with torch.no_grad():
+        truth, eager = copy.deepcopy(model).double()(**wide).sample, half(**cast).sample
+        imagen_fast.accelerate(model, dtype=torch.bfloat16)
+        assert_model_as_accurate(model(**given).sample, eager.float(), truth)

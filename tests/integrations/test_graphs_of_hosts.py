@@ -90,6 +90,25 @@ def test_the_scale_of_an_adapter_is_seen(recorder: OperatorRecorder) -> None:
     assert pool_of(ours).recorded == 2
 
 
+def test_the_scale_of_an_adapter_in_a_call_is_recorded_with_it(recorder: OperatorRecorder) -> None:
+    lora = pytest.importorskip("peft", reason="the peft that fits needs Python 3.11")
+    ours, plain = build_unet(), build_unet()
+    for unet in (ours, plain):
+        torch.manual_seed(1)
+        unet.add_adapter(lora.LoraConfig(r=2, target_modules=["to_q", "add_k_proj"], init_lora_weights=False))
+    imagen_fast.accelerate(ours)
+    imagen_fast.accelerate(plain, graphs="off")
+    for step in range(6):
+        text = normal(2, 5, 24, seed=100 + step // 4)
+        given = (normal(2, 3, 8, 8, seed=step), 7 * step, text)
+        with torch.no_grad():
+            found, wanted = (unet(*given, cross_attention_kwargs={"scale": 0.3}).sample for unet in (ours, plain))
+        assert torch.equal(found, wanted)
+    assert (pool_of(ours).recorded, pool_of(ours).replayed) == (1, 5)
+    (graph,) = pool_of(ours)._records.values()
+    assert not graph.once.roots
+
+
 # ---- Text encoders
 
 

@@ -310,3 +310,51 @@ def test_adapters(unet: Any, kind: str, order: str, peft: Any) -> None:
     torch.testing.assert_close(results[-1], results[-2], rtol=1e-3, atol=1e-3)
     imagen_fast.restore(unet)
     assert torch.equal(step(unet, prompt()), step(plain, prompt()))
+
+
+def test_the_scale_of_adapters_in_a_call_and_a_new_prompt(unet: Any, peft: Any) -> None:
+    """The model sets it for the duration of the call; a record of such calls is none."""
+    add_lora(unet, peft)
+    plain = copy.deepcopy(unet)
+    imagen_fast.accelerate(unet)
+    for number in range(8):
+        given = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(number)), 10, prompt(number // 4))
+        ours, expected = (m(*given, cross_attention_kwargs={"scale": 0.3}).sample for m in (unet, plain))
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+# ---- Attributes
+
+
+def _name(module: nn.Module) -> str:
+    return getattr(type(module), "original", type(module)).__name__
+
+
+def _halve(model: Any, cls: str, names: tuple[str, ...]) -> int:
+    """Halves attributes of all modules of a class, and doubles those that start with "dim"; gives how many."""
+    changed = [module for module in model.modules() if _name(module) == cls]
+    for module in changed:
+        for name in names:
+            value = getattr(module, name)
+            setattr(module, name, value * 2 if name.startswith("dim") else value / 2 if value < 1 else value // 2)
+    return len(changed)
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        ("Attention", ("heads",)),
+        ("AttentionPooling", ("num_heads", "dim_per_head")),
+        ("GroupNorm", ("num_groups",)),
+        ("GroupNorm", ("eps",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_attributes_are_seen(unet: Any, cls: str, names: tuple[str, ...]) -> None:
+    plain = copy.deepcopy(unet)
+    imagen_fast.accelerate(unet, graphs="off")
+    before = step(unet, prompt())
+    changed = [_halve(model, cls, names) for model in (unet, plain)][1]
+    after = step(unet, prompt())
+    torch.testing.assert_close(after, step(plain, prompt()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(after, before) != (changed > 0)

@@ -466,3 +466,73 @@ def test_a_decoder_compiles_to_one_graph() -> None:
     with torch.no_grad():
         compiled = torch.compile(lambda **asked: model(**asked).logits, fullgraph=True, backend="eager")
         assert_close(compiled(**asked), model(**asked).logits)
+
+
+# ---- Masks that are no ordinary padding
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", ["(B, L)", "(B, 1, 1, L)"])
+def test_a_text_of_padding_alone(family: str, attention: str, form: str) -> None:
+    """It attends to all its tokens alike, as in the library."""
+    model = build(family, attention)
+    mask = batch()["attention_mask"].clone()
+    mask[1] = 0
+    mask = mask if form == "(B, L)" else mask[:, None, None].bool()
+    with torch.no_grad():
+        expected = features(model, attention_mask=mask)
+        imagen_fast.accelerate(model)
+        for _ in range(4):  # from the third on as a record
+            assert_close(features(model, attention_mask=mask), expected)
+        assert_close(torch.compile(model, backend="eager")(**batch() | {"attention_mask": mask})[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 90), (4, None), (3, 10)], ids=["longer", "more texts", "shorter"])
+def test_a_mask_of_ones_of_another_shape(family: str, shape: tuple[int, int | None]) -> None:
+    model = build(family)
+    mask = torch.ones(shape[0], shape[1] or batch()["input_ids"].shape[1], dtype=torch.int64)
+    with torch.no_grad():
+        expected = features(model, attention_mask=mask)
+        imagen_fast.accelerate(model)
+        assert_close(features(model, attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize(("buckets", "distance"), [(128, 7), (32, 9), (32, 128)])
+def test_any_buckets(family: str, buckets: int, distance: int) -> None:
+    sizes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
+    model = build(family, **sizes)
+    with torch.no_grad():
+        expected = features(model)
+        report = imagen_fast.accelerate(model)
+        assert_close(features(model), expected)
+    notes = [note for swapped in report.swapped for note in swapped.notes]
+    assert any("buckets" in note for note in notes) == (distance == 7)
+
+
+def test_it_can_be_traced_by_torchscript(family: str) -> None:
+    model = build(family)
+    with torch.no_grad():
+        expected = features(model)
+        imagen_fast.accelerate(model)
+        traced = torch.jit.trace(model, tuple(batch().values()), strict=False)
+        assert_close(traced(*batch().values())["last_hidden_state"], expected)
+
+
+def test_replicas_run_on_their_own_weights(family: str) -> None:
+    """`nn.DataParallel` copies the attributes of each module, and sets the weights of the copies."""
+    model = build(family)
+    imagen_fast.accelerate(model)
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            replica._modules[name] = replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else 1.5 * parameter.detach())
+    other = copy.deepcopy(model)
+    imagen_fast.restore(other)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        for _ in range(3):
+            assert_close(features(replicas[model]), features(other))
+            features(model)

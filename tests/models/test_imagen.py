@@ -36,6 +36,11 @@ def test_the_seed_fixes_the_picture(imagen):
     assert (first != sample(imagen, ["a cat"], seed=4)).any()
 
 
+def test_numbers_of_numpy_are_numbers(imagen):
+    given = {"seed": np.int64(3), "steps": np.int64(2), "guidance": np.float32(2)}
+    assert np.array_equal(sample(imagen, "a cat", **given), sample(imagen, "a cat", seed=3, steps=2, guidance=2.0))
+
+
 def test_the_seed_fixes_the_picture_of_a_model_in_training(imagen):
     config = dataclasses.replace(imagen.text_encoder.config, dropout_rate=0.5)
     model = Imagen(imagen.config, T5Encoder(config))
@@ -135,13 +140,20 @@ def test_a_prompt_too_long_is_cut_with_a_warning(imagen):
         ({"steps": 0}, ValueError, "steps"),
         ({"steps": 2.5}, ValueError, "steps"),
         ({"steps": [1, 2, 3]}, ValueError, "steps"),
+        ({"steps": "many"}, TypeError, "steps"),
         ({"guidance": [1.0]}, ValueError, "guidance"),
+        ({"guidance": float("nan")}, ValueError, "guidance"),
+        ({"guidance": [1.0, float("inf")]}, ValueError, "guidance"),
         ({"solver": "euler"}, ValueError, "solver"),
         ({"threshold": "dynamic"}, ValueError, "threshold"),
         ({"guidance_interval": (2.0, 1.0)}, ValueError, "guidance_interval"),
         ({"guidance_interval": (-1.0, 1.0)}, ValueError, "guidance_interval"),
         ({"until": "top"}, ValueError, "until"),
         ({"seed": [1, 2]}, ValueError, "seed"),
+        ({"seed": 1.5}, TypeError, "seed"),
+        ({"seed": [1.5]}, TypeError, "seed"),
+        ({"seed": None}, TypeError, "seed"),
+        ({"seed": "a"}, TypeError, "seed"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -182,6 +182,15 @@ def test_wrong_arguments_are_named(backend: str, wrong: dict[str, Any], error: t
         ops.add_noise(**(GOOD | wrong))
 
 
+def test_under_autocast_the_wider_dtype_counts(backend: str) -> None:
+    x0, noise = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16), torch.randn(2, 3, 4, 4)
+    alphas_cumprod = squaredcos_cap_v2(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.add_noise(x0, noise, alphas_cumprod, 4)
+    assert torch.equal(y, ops.add_noise(x0.float(), noise, alphas_cumprod, 4))
+    assert y.dtype == torch.float32
+
+
 def test_copies_are_explained() -> None:
     x0, noise, alphas, t = call((2, 3, 5, 8))
     assert imagen_fast.explain("add_noise", x0, noise, alphas, t).notes == ()

@@ -257,3 +257,25 @@ def test_backward_operator_refuses_what_the_forward_pass_did_not_give() -> None:
         backward(out, out, lse[..., :4], *arguments.values(), 1)
     with pytest.raises(RuntimeError, match="dout"):
         backward(out[:, :, :4], out, lse, *arguments.values(), 1)
+
+
+# ---- Few keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_one_key_of_few_has_no_gradient_of_scores(kernel: str, dtype: torch.dtype) -> None:
+    """Its weight is 1 whatever its score: so the gradients of q and k are nothing, and not nearly nothing."""
+    q, k, v = (torch.randn(2, 4, length, 64).to(dtype).requires_grad_() for length in (16, 3, 3))
+    mask = torch.tensor([[True, False, False], [False, False, True]])
+    out = ops.attention(q, k, v, key_mask=mask)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert not dq.any()
+    assert not dk.any()
+    assert dv.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_few_keys_some_of_them_far_away(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 2, length, 56).to(dtype) for length in (16, 2, 2))
+    bias = torch.randn(16, 1).masked_fill(torch.arange(16)[:, None] % 3 == 0, -torch.inf)
+    assert_op_as_accurate(ops.attention, 3 * q, k, v, bias=bias.expand(16, 2))

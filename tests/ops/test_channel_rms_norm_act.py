@@ -278,3 +278,12 @@ def test_result_does_not_depend_on_the_batch(kernel: str) -> None:
     x, weight = image((5, 32, 9, 7)), torch.randn(32)
     whole = ops.channel_rms_norm_act(x, weight)
     assert torch.equal(whole, torch.cat([ops.channel_rms_norm_act(sample, weight) for sample in x.split(1)]))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gradients_in_float32_beside_a_constant_in_16_bits(kernel: str, activation: str) -> None:
+    """Where all errors of the activation's slope are alike, a sum shows them."""
+    torch.manual_seed(0)
+    x = torch.full((2, 96, 4, 4), 1.5, dtype=torch.bfloat16)
+    weight, scale, shift = torch.randn(96), torch.randn(2, 96), torch.randn(2, 96)
+    assert_op_as_accurate(ops.channel_rms_norm_act, x, weight, scale=scale, shift=shift, activation=activation)

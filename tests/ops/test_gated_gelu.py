@@ -160,6 +160,14 @@ def test_wrong_arguments_are_named(backend: str, wrong: dict[str, Any], error: t
         ops.gated_gelu(**({"gate": X, "value": X} | wrong))
 
 
+def test_under_autocast_the_wider_dtype_counts(backend: str) -> None:
+    gate, value = torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.gated_gelu(gate, value)
+    assert torch.equal(y, ops.gated_gelu(gate.float(), value))
+    assert y.dtype == torch.float32
+
+
 def double_arguments(packed: bool) -> list[Tensor]:
     shapes = [(2, 3, 14)] if packed else [(2, 3, 7)] * 2
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

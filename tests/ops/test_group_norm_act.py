@@ -304,3 +304,14 @@ def test_result_does_not_depend_on_the_batch(kernel: str) -> None:
     x = image((5, 32, 9, 7))
     whole = ops.group_norm_act(x, 4)
     assert torch.equal(whole, torch.cat([ops.group_norm_act(sample, 4) for sample in x.split(1)]))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gradients_in_float32_beside_a_constant_in_16_bits(kernel: str, activation: str) -> None:
+    """Where all errors of the activation's slope are alike, a sum shows them."""
+    torch.manual_seed(0)
+    x = torch.full((2, 96, 4, 4), 1.5, dtype=torch.bfloat16)
+    weight, scale, shift = torch.randn(96), torch.randn(2, 96), torch.randn(2, 96)
+    assert_op_as_accurate(
+        ops.group_norm_act, x, 32, weight, torch.randn(96), scale=scale, shift=shift, activation=activation
+    )

@@ -26,6 +26,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
 class Spy(TorchDispatchMode):
     """Records the names of the operators that run."""
 
@@ -203,6 +206,19 @@ def test_a_gradient_for_one_tensor_alone(backend: str, needed: int) -> None:
     arguments = [p.detach() for p in double_arguments()]
     arguments[needed].requires_grad_()
     assert torch.autograd.gradcheck(call, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("positions", [(1, 1), (1, 1, 1)], ids=str)
+def test_gradients_of_parameters_alone_where_there_is_one_position(backend: str, positions: tuple[int, ...]) -> None:
+    """One position is NCHW and channels-last at once, and PyTorch's own gradient of such a norm kills the process."""
+    x = torch.randn(3, 48, *positions).to(memory_format=CHANNELS_LAST[len(positions)])
+    weight, bias = (torch.randn(48).requires_grad_() for _ in range(2))
+    given = ops.group_norm_act(x, 6, weight, bias)
+    found = torch.autograd.grad(given, (weight, bias), torch.ones_like(given))
+    wide = [p.detach().double().requires_grad_() for p in (weight, bias)]
+    h = nn.functional.silu(nn.functional.group_norm(x.double().flatten(1), 6, *wide))
+    for ours, truth in zip(found, torch.autograd.grad(h.sum(), wide), strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_eager_has_a_second_derivative() -> None:

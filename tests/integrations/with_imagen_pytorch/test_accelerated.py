@@ -139,7 +139,7 @@ def test_everything_that_has_a_form_takes_it() -> None:
     swapped = Counter(entry.class_name.rpartition(".")[2] for entry in report.swapped)
     assert set(swapped) == {
         *("Block", "ResnetBlock", "LayerNorm", "Attention", "CrossAttention", "PerceiverAttention"),
-        *("Unet", "Imagen", "Linear", "Conv2d"),
+        *("Unet", "Imagen", "Linear", "Conv2d", "LearnedSinusoidalPosEmb", "Sequential"),
     }
     norm = "channel_rms_norm_act" if SINCE_2 else "group_norm_act"
     assert {op for entry in report.swapped for op in entry.ops} == {norm, "attention", "sampler_step"}
@@ -345,3 +345,58 @@ def test_calls_of_a_kind_are_repeated_without_their_python(scale: float) -> None
             assert torch.equal(found, plain.forward_with_cond_scale(time=time, **inputs, cond_scale=scale))
     replays = vars(ours)["forward"].replays
     assert (replays.recorded, replays.replayed, replays.reasons) == (1, 3, [])
+
+
+# ---- Another dtype, and methods of the caller's own
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", CASCADES)
+def test_in_16_bits(kind: str, dtype: torch.dtype) -> None:
+    """The library itself computes so under autocast alone."""
+    model = cascade(kind)
+    given = [{**unet_inputs(), "time": torch.tensor([-7.3, 11.2])} for _ in range(2)]
+    given[1] |= {"x": torch.randn(2, 3, 16, 16)}
+    given[1] |= {"lowres_cond_img": torch.randn(2, 3, 16, 16), "lowres_noise_times": torch.tensor([3.1, 2.2])}
+
+    def outputs() -> list[Tensor]:
+        return [model.get_unet(number + 1).eval()(**arguments) for number, arguments in enumerate(given)]
+
+    with torch.no_grad():
+        expected = outputs()
+        with torch.autocast("cpu", dtype):
+            eager = outputs()
+        report = imagen_fast.accelerate(model, dtype=dtype)
+        found = outputs()
+    assert not any("float32" in left.reason for left in report.left)
+    for ours, theirs, wanted in zip(found, eager, expected, strict=True):
+        assert ours.dtype == torch.float32
+        error, allowed = ((y.float() - wanted).norm() / wanted.norm() for y in (ours, theirs))
+        assert 0 < error <= 1.5 * allowed
+    pictures, _ = sampled(model)
+    assert pictures.isfinite().all()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("method", ["p_mean_variance", "predict_start_from_noise", "q_posterior"])
+def test_methods_that_the_caller_has_replaced_are_called(method: str, when: str) -> None:
+    calls = []
+
+    def replace(model: Any) -> None:
+        for owner in [model] if method == "p_mean_variance" else model.noise_schedulers:
+            kept = getattr(owner, method)
+            setattr(owner, method, lambda *args, kept=kept, **kwargs: calls.append(method) or kept(*args, **kwargs))
+
+    plain, model = cascade(), cascade()
+    replace(plain)
+    if when == "before":
+        replace(model)
+    imagen_fast.accelerate(model)
+    if when == "after":
+        replace(model)
+    expected, state = sampled(plain)
+    count = len(calls)
+    pictures, state_after = sampled(model)
+    assert len(calls) == 2 * count > 0
+    torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(state, state_after)
