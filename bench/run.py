@@ -130,8 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; prints a table per op. Returns 1 if something could not be checked or timed."""
+    if not args.budget >= 0:
+        raise UserError(f"--budget must be a number of seconds, got {args.budget:g}")
+    peers = args.peers.split(",") if args.peers else None
     if args.list:
-        for cases in _choose(args.op, args.case, registry.CASES_DIRECTORY).values():
+        chosen = _choose(args.op, args.case, registry.CASES_DIRECTORY)
+        registry.select_peers([case for cases in chosen.values() for case in cases], peers)
+        for cases in chosen.values():
             for case in cases:
                 print(f"{case.op}  {case.name}  ({', '.join(peer.name for peer in case.peers)})", end="")
                 print(f"  not here: {reason}" if (reason := case.obstacle(args.device)) else "")
@@ -145,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
         args.op,
         case=args.case,
         output=args.output,
-        peers=args.peers.split(",") if args.peers else None,
+        peers=peers,
         settings=settings,
         threads=args.threads,
         budget=args.budget,

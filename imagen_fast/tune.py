@@ -257,6 +257,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the command, and print what changed."""
+    if not args.budget >= 0:
+        raise UserError(f"--budget must be a number of seconds, got {args.budget:g}")
     for op, path, changes in run(args.op, case=args.case, output=args.output, budget=args.budget):
         for change in changes:
             print(f"{op}: {change.kind}: {change.before} -> {change.after}: {change.ratio:.2f} of the time")

@@ -276,14 +276,17 @@ def _on_device(timestep: Any, device: torch.device) -> Any:
 
 
 LONGEST = 512  # tokens; texts beyond it are encoded as they are
+_EMPTY = "a text has no token to attend to"
 
 
 def prepared_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pads: bool = True) -> Prepared | str:
     """A call of a text encoder with tokens and their mask: both are padded to the next bucket, so that one graph serves
     all texts of about a length, and the result is cut. Padding is masked, so it changes nothing but rounding."""
-    if not pads:
-        return Prepared(args, kwargs)
     given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+    if not pads:
+        mask = given.get("attention_mask")
+        empty = isinstance(mask, Tensor) and not bool(mask.bool().any(-1).all())
+        return _EMPTY if empty else Prepared(args, kwargs)  # see `_padding`
     ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
     if len(args) > 2 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         return "it is not called with tokens and their mask alone"
@@ -299,7 +302,7 @@ def prepared_text(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return f"a text is longer than {LONGEST} tokens"
     padding = bucket(length) - length
     if padding and mask is not None and not bool(mask.bool().any(1).all()):
-        return "a text has no token to attend to"  # it attends to all of them, so the number of tokens counts
+        return _EMPTY  # it attends to all of them, so the number of tokens counts
     mask = ids.new_ones(ids.shape) if mask is None else mask
     if padding:
         ids, mask = (nn.functional.pad(tensor, (0, padding)) for tensor in (ids, mask))
