@@ -198,9 +198,14 @@ def unconvert(model: nn.Module) -> None:
 
 def converted_bytes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:
     """What converted copies of a model's weights take, by name of the weight."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    kept = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, Fused)
+        for name in module.keeps_dtype
+    }
     return {
         name: tensor.numel() * dtype.itemsize
-        for name, tensor in tensors
-        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype and name not in kept
     }

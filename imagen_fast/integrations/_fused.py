@@ -172,7 +172,8 @@ def give_back(module: Any) -> None:
         drop(module)
     if isinstance(module, Fused):
         take_form(module, _original_class(module))
-    _drop_methods(module)
+    for holder in _holders(module):
+        _drop_methods(module, holder)
 
 
 def hold(module: Any, key: str, method: FusedMethod) -> None:
@@ -193,16 +194,15 @@ def let_go(module: Any, key: str, method: FusedMethod) -> None:
         del vars(module)[_Replicate.method]
 
 
-def _drop_methods(module: Any) -> None:
-    """All of them, wherever they are held to be called later."""
-    for holder in _holders(module):
-        for name, value in list(holder.items()):
-            if not isinstance(value, FusedMethod):
-                continue
-            if holder is vars(module) and name == value.method:
-                del holder[name]
-            else:
-                holder[name] = getattr(type(module), value.method).__get__(module)
+def _drop_methods(module: Any, holder: dict[str, Any]) -> None:
+    """All that are held there."""
+    for name, value in list(holder.items()):
+        if not isinstance(value, FusedMethod):
+            continue
+        if holder is vars(module) and name == value.method:
+            del holder[name]
+        else:
+            holder[name] = getattr(type(module), value.method).__get__(module)
 
 
 class _Replicate(FusedMethod):
@@ -214,7 +214,7 @@ class _Replicate(FusedMethod):
 
     def __call__(self) -> Any:
         replica = type(self.owner)._replicate_for_data_parallel(self.owner)
-        _drop_methods(replica)
+        _drop_methods(replica, vars(replica))
         return replica
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
+from imagen_fast.integrations import FusedMethod
 from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate
 
 from .unet_configs import IF, SD
@@ -324,3 +325,20 @@ def test_sizes_of_pictures_stay_in_float32() -> None:
         truth, eager = copy.deepcopy(model).double()(**wide).sample, half(**cast).sample
         imagen_fast.accelerate(model, dtype=torch.bfloat16)
         assert_model_as_accurate(model(**given).sample, eager.float(), truth)
+
+
+def test_replicas_leave_a_model_with_hooks_as_it_is(kind: str) -> None:
+    """They share the registry of diffusers' hooks with the model that they are copies of."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model: Any = build(kind)
+    imagen_fast.accelerate(model)
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(ModelHook(), "nothing")
+    (held,) = model._diffusers_hook._fn_refs
+    assert isinstance(held.forward, FusedMethod)
+    with torch.no_grad():
+        expected = model(**inputs(kind)).sample
+        replicas = [module._replicate_for_data_parallel() for module in model.modules()]
+        assert torch.equal(model(**inputs(kind)).sample, expected)
+    assert isinstance(held.forward, FusedMethod)
+    assert not any(isinstance(value, FusedMethod) for replica in replicas for value in vars(replica).values())
