@@ -58,11 +58,11 @@ class Fused(nn.Module):
     keeps_dtype: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
+        if "forward" in vars(cls):  # first, as a library may wrap it too, and ask whether its own stands outermost
+            cls.forward = _while_fused(cls.forward)  # type: ignore[method-assign]
         super().__init_subclass__()
         if "original" in vars(cls):
             cls.form = cls
-        if "forward" in vars(cls):
-            cls.forward = _while_fused(cls.forward)  # type: ignore[method-assign]
 
     @classmethod
     def joined(cls, module: nn.Module) -> tuple[nn.Module, ...]:

@@ -536,3 +536,21 @@ def test_replicas_run_on_their_own_weights(family: str) -> None:
         for _ in range(3):
             assert_close(features(replicas[model]), features(other))
             features(model)
+
+
+def test_activations_are_recomputed_where_the_library_does(family: str) -> None:
+    model = build(family).train()
+    imagen_fast.accelerate(model)
+    expected = gradients(model)
+    model.gradient_checkpointing_enable()
+    forwards = []
+    for block in model.encoder.block:
+        recompute = block._gradient_checkpointing_func
+
+        def counted(forward: Any, *args: Any, recompute: Any = recompute) -> Any:
+            forwards.append(forward)
+            return recompute(forward, *args)
+
+        block._gradient_checkpointing_func = counted
+    assert_close(gradients(model), expected)
+    assert len(forwards) == SIZES["num_layers"]
