@@ -54,6 +54,8 @@ def cases() -> Iterator[Case]:
 
 
 def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
+    """In float32 ours is NCHW: oneDNN's convolutions in channels-last are too inaccurate there for what it is held to."""
+
     def inputs(generator: torch.Generator) -> dict[str, Tensor]:
         return {
             "letters": random_sentences(generator, batch, LETTERS),
@@ -71,7 +73,7 @@ def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         renewed=("letters", "seeds"),
         flops=FLOPS_PER_SAMPLE * batch,
         moved=PARAMETERS * dtype.itemsize,
-        variants=MEMORY_FORMATS,
+        variants=MEMORY_FORMATS if dtype is BF16 else dict(reversed(MEMORY_FORMATS.items())),
         parts=PARTS,
         samples_checked=32,
         tags=tags or (),
