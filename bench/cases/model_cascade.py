@@ -54,7 +54,7 @@ def cases() -> Iterator[Case]:
 
 
 def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
-    """In float32 ours is NCHW: oneDNN's convolutions in channels-last are too inaccurate there for what it is held to."""
+    """In float32 ours is NCHW: convolutions of oneDNN in channels-last are too inaccurate there for its check."""
 
     def inputs(generator: torch.Generator) -> dict[str, Tensor]:
         return {
