@@ -184,11 +184,8 @@ def hold(module: Any, key: str, method: FusedMethod) -> None:
 
 
 def let_go(module: Any, key: str, method: FusedMethod) -> None:
-    """The opposite, where its class's method takes the place of one that does not stand under its own name."""
-    if key == method.method:
-        del vars(module)[key]
-    else:
-        vars(module)[key] = getattr(type(module), method.method).__get__(module)
+    """The opposite."""
+    _put_back(module, vars(module), key, method)
     left = [value for value in vars(module).values() if isinstance(value, FusedMethod)]
     if [*map(type, left)] == [_Replicate]:
         del vars(module)[_Replicate.method]
@@ -197,12 +194,16 @@ def let_go(module: Any, key: str, method: FusedMethod) -> None:
 def _drop_methods(module: Any, holder: dict[str, Any]) -> None:
     """All that are held there."""
     for name, value in list(holder.items()):
-        if not isinstance(value, FusedMethod):
-            continue
-        if holder is vars(module) and name == value.method:
-            del holder[name]
-        else:
-            holder[name] = getattr(type(module), value.method).__get__(module)
+        if isinstance(value, FusedMethod):
+            _put_back(module, holder, name, value)
+
+
+def _put_back(module: Any, holder: dict[str, Any], key: str, method: FusedMethod) -> None:
+    """Its class's method, by name where it would be found anyway."""
+    if holder is vars(module) and key == method.method:
+        del holder[key]
+    else:
+        holder[key] = getattr(type(module), method.method).__get__(module)
 
 
 class _Replicate(FusedMethod):

@@ -342,3 +342,23 @@ def test_replicas_leave_a_model_with_hooks_as_it_is(kind: str) -> None:
         assert torch.equal(model(**inputs(kind)).sample, expected)
     assert isinstance(held.forward, FusedMethod)
     assert not any(isinstance(value, FusedMethod) for replica in replicas for value in vars(replica).values())
+
+
+def test_what_hooks_of_diffusers_hold_changes_form_with_the_module(kind: str) -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model, plain = (build(kind) for _ in range(2))
+    with torch.no_grad():
+        expected = plain(**inputs(kind)).sample
+    block: Any = first(model, diffusers.models.resnet.ResnetBlock2D)
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), "nothing")
+    imagen_fast.accelerate(model, dtype=torch.bfloat16)
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(ModelHook(), "nothing")
+    (of_block,), (of_model,) = block._diffusers_hook._fn_refs, model._diffusers_hook._fn_refs
+    assert of_block.forward.__func__ is type(block).forward
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs(kind)).sample, expected)
+        imagen_fast.restore(model)
+        assert torch.equal(model(**inputs(kind)).sample, expected)
+    assert of_block.forward.__func__ is type(block).forward
+    assert not isinstance(of_model.forward, FusedMethod)
