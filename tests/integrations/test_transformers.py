@@ -17,61 +17,26 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
-from imagen_fast.integrations import _packed, _t5
+from imagen_fast.integrations import _packed
 from imagen_fast.testing import assert_model_as_accurate
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"vocab_size": 384, "d_model": 48, "d_kv": 16, "d_ff": 80, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
-FAMILIES = {
-    "t5": (transformers.T5Config, transformers.T5EncoderModel),
-    "mt5": (transformers.MT5Config, transformers.MT5EncoderModel),
-    "umt5": (transformers.UMT5Config, transformers.UMT5EncoderModel),
-}
-SENTENCES = ("a cat", "一只戴着帽子的猫，坐在火箭上", "a rocket over the moon, in the style of an old postcard")
-
-
-def build(family: str, attention: str = "sdpa", **changes: Any) -> nn.Module:
-    config_class, model_class = FAMILIES[family]
-    torch.manual_seed(0)
-    config = config_class(**{**SIZES, "feed_forward_proj": "gated-gelu", **changes}, attn_implementation=attention)
-    model = model_class(config).eval()
-    with torch.no_grad():  # a library's own start is nearly uniform attention
-        for name, parameter in model.named_parameters():
-            if "SelfAttention" in name:
-                parameter.mul_(3.0)
-    return model
+from .t5_models import (  # noqa: E402  # imports transformers
+    FAMILIES,
+    SENTENCES,
+    SIZES,
+    assert_close,
+    batch,
+    build,
+    features,
+    gradients,
+)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def batch() -> dict[str, Tensor]:
-    """Bytes as ByT5 counts them, padded to the longest sentence."""
-    rows = [torch.tensor([*(byte + 3 for byte in sentence.encode()), 1]) for sentence in SENTENCES]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
-def features(model: nn.Module, **changes: Any) -> Tensor:
-    return model(**{**batch(), **changes}).last_hidden_state
-
-
-def assert_close(ours: Tensor, expected: Tensor) -> None:
-    """Nothing but round-off between them, in float32."""
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4)
-
-
-def gradients(model: nn.Module) -> Tensor:
-    """All of them in one vector. (One alone may have none but round-off.)"""
-    model.zero_grad(set_to_none=True)
-    found = features(model)
-    kept = batch()["attention_mask"][..., None].to(found.dtype)
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
-    (found * kept * weights).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -321,21 +286,6 @@ def test_attention_weights_and_hidden_states_can_be_had(family: str) -> None:
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_a_mask_of_the_callers_own_is_kept(family: str, kind: str) -> None:
-    """Each token sees itself and what stands up to five places before it."""
-    model = build(family)
-    length = batch()["input_ids"].shape[1]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    mask = ((distance >= 0) & (distance <= 5)).expand(len(SENTENCES), 1, -1, -1)
-    if kind == "additive":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        expected = features(model, attention_mask=mask)
-        imagen_fast.accelerate(model)
-        assert_close(features(model, attention_mask=mask), expected)
-
-
 def test_dropout_is_the_librarys(family: str) -> None:
     model = build(family, dropout_rate=0.3).train()
     torch.manual_seed(5)
@@ -396,21 +346,6 @@ def test_a_decoder_keeps_its_attention() -> None:
     assert torch.equal(model.generate(**asked), expected)
 
 
-def test_an_encoder_gets_one_row_of_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = []
-    attended = _t5.SelfAttention.attended
-    monkeypatch.setattr(
-        _t5.SelfAttention, "attended", lambda self, x, mask, *rest: masks.append(mask) or attended(self, x, mask, *rest)
-    )
-    model = build(family)
-    imagen_fast.accelerate(model)
-    with torch.no_grad():
-        features(model)
-    batch_size, length = batch()["input_ids"].shape
-    assert {mask.shape for mask in masks} == {(batch_size, 1, 1, length)}
-    assert len(masks) == SIZES["num_layers"]
-
-
 def test_verify_measures_every_block(family: str) -> None:
     model = build(family)
     report = imagen_fast.accelerate(model, verify=True)
@@ -466,47 +401,6 @@ def test_a_decoder_compiles_to_one_graph() -> None:
     with torch.no_grad():
         compiled = torch.compile(lambda **asked: model(**asked).logits, fullgraph=True, backend="eager")
         assert_close(compiled(**asked), model(**asked).logits)
-
-
-# ---- Masks that are no ordinary padding
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("form", ["(B, L)", "(B, 1, 1, L)"])
-def test_a_text_of_padding_alone(family: str, attention: str, form: str) -> None:
-    """It attends to all its tokens alike, as in the library."""
-    model = build(family, attention)
-    mask = batch()["attention_mask"].clone()
-    mask[1] = 0
-    mask = mask if form == "(B, L)" else mask[:, None, None].bool()
-    with torch.no_grad():
-        expected = features(model, attention_mask=mask)
-        imagen_fast.accelerate(model)
-        for _ in range(4):  # from the third on as a record
-            assert_close(features(model, attention_mask=mask), expected)
-        assert_close(torch.compile(model, backend="eager")(**batch() | {"attention_mask": mask})[0], expected)
-
-
-@pytest.mark.parametrize("shape", [(3, 90), (4, None), (3, 10)], ids=["longer", "more texts", "shorter"])
-def test_a_mask_of_ones_of_another_shape(family: str, shape: tuple[int, int | None]) -> None:
-    model = build(family)
-    mask = torch.ones(shape[0], shape[1] or batch()["input_ids"].shape[1], dtype=torch.int64)
-    with torch.no_grad():
-        expected = features(model, attention_mask=mask)
-        imagen_fast.accelerate(model)
-        assert_close(features(model, attention_mask=mask), expected)
-
-
-@pytest.mark.parametrize(("buckets", "distance"), [(128, 7), (32, 9), (32, 128)])
-def test_any_buckets(family: str, buckets: int, distance: int) -> None:
-    sizes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
-    model = build(family, **sizes)
-    with torch.no_grad():
-        expected = features(model)
-        report = imagen_fast.accelerate(model)
-        assert_close(features(model), expected)
-    notes = [note for swapped in report.swapped for note in swapped.notes]
-    assert any("buckets" in note for note in notes) == (distance == 7)
 
 
 def test_it_can_be_traced_by_torchscript(family: str) -> None:
