@@ -59,7 +59,7 @@ def alike(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
 
 def promoted(x: Tensor, name: str, y: Any) -> tuple[Tensor, Any]:
     """x and y, of the wider of their dtypes where PyTorch would make them so: under autocast, which leaves sums and
-    products alone."""
+    products alone. Without it they stay as they are, for the op to refuse."""
     if not isinstance(y, Tensor) or y.dtype == x.dtype:
         return x, y
     device = x.device.type

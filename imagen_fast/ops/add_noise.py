@@ -166,7 +166,7 @@ def add_noise(x0: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tens
     """`sqrt(alpha) * x0 + sqrt(1 - alpha) * noise` with `alpha = alphas_cumprod[timesteps]` for each sample.
 
     The roots are taken in float64, the sum in float32 (float64 for float64), rounded once. Gradients flow to x0,
-    noise and alphas_cumprod.
+    noise and alphas_cumprod. Under autocast x0 and noise of different dtypes are cast to the wider one, as by the sum.
 
     Args:
         x0: (B, C, positions...) of rank 2 to 5, float16, bfloat16, float32 or float64. Dense NCHW and channels-last

@@ -177,7 +177,8 @@ def gated_gelu(gate: Tensor, value: Tensor | None = None, approximate: str = "ta
     """`gelu(gate) * value`, fused.
 
     It is computed in float32 (float64 for float64) and rounded once. Gradients flow to both tensors. On the `eager`
-    backend alone it can be differentiated twice. Under autocast both keep their dtypes.
+    backend alone it can be differentiated twice. Under autocast two of different dtypes are cast to
+    the wider one, as by the product.
 
     Args:
         gate: (..., D), float16, bfloat16, float32 or float64; without a value (..., 2 D), the gate and then the value,
