@@ -54,8 +54,6 @@ def cases() -> Iterator[Case]:
 
 
 def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
-    """In float32 ours is NCHW: convolutions of oneDNN in channels-last are too inaccurate there for its check."""
-
     def inputs(generator: torch.Generator) -> dict[str, Tensor]:
         return {
             "letters": random_sentences(generator, batch, LETTERS),
@@ -73,7 +71,7 @@ def _case(batch: int, dtype: torch.dtype, tags: set[str] | None = None) -> Case:
         renewed=("letters", "seeds"),
         flops=FLOPS_PER_SAMPLE * batch,
         moved=PARAMETERS * dtype.itemsize,
-        variants=MEMORY_FORMATS if dtype is BF16 else dict(reversed(MEMORY_FORMATS.items())),
+        variants=MEMORY_FORMATS,
         parts=PARTS,
         samples_checked=32,
         tags=tags or (),

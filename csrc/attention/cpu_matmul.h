@@ -86,7 +86,11 @@ struct Result {
   int64_t row;
 };
 
-enum class Store { kScaled, kAdded };
+enum class Store {
+  kScaled,  // C = scale A B
+  kAdded,   // C = C + A B, terms added to C one after another
+  kSummed,  // C = C + A B, terms added to each other first
+};
 
 template <typename E, Store kStore, int kRows, int kVectors>
 void multiply_tile(Left<E> a, Right<E> b, Result<typename Step<E>::S> c, int64_t steps, typename Step<E>::S scale) {
@@ -117,8 +121,11 @@ void multiply_tile(Left<E> a, Right<E> b, Result<typename Step<E>::S> c, int64_t
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      const V value = kStore == Store::kScaled ? sum[i][j] * V(scale) : sum[i][j];
-      value.store(c.data + i * c.row + j * V::kWidth);
+      S* const to = c.data + i * c.row + j * V::kWidth;
+      V value = sum[i][j];
+      if constexpr (kStore == Store::kScaled) value = value * V(scale);
+      if constexpr (kStore == Store::kSummed) value = V::load(to) + value;
+      value.store(to);
     }
   }
 }
@@ -141,7 +148,7 @@ void multiply_columns(Left<E> a, Right<E> b, Result<typename Step<E>::S> c, int6
   }
 }
 
-// C = scale A B, or C + A B. `panel` is from one kTileColumns of B to the next. Columns of B and C are there up to the
+// C = scale A B, or C + A B (see Store). `panel` is from one kTileColumns of B to the next. Columns of B and C are there up to the
 // end of a vector.
 template <typename E, Store kStore>
 void multiply(Left<E> a, Right<E> b, int64_t panel, Result<typename Step<E>::S> c, int64_t rows, int64_t columns,

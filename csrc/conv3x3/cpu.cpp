@@ -37,9 +37,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
       "conv3x3: channels must be a multiple of 16");
   const int64_t panels = (out_channels + kPanelColumns - 1) / kPanelColumns;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && dtype_of(weight) == DType::kFloat &&
-                      weight.size(0) == kPoints && weight.size(1) == panels && weight.size(2) == p.in_channels &&
-                      weight.size(3) == kPanelColumns,
-                  "conv3x3: weight must be float32 and contiguous, (36, panels, in_channels, 64)");
+                      (weight.size(0) == points_of(2) || weight.size(0) == points_of(4)) && weight.size(1) == panels &&
+                      weight.size(2) == p.in_channels && weight.size(3) == kPanelColumns,
+                  "conv3x3: weight must be float32 and contiguous, (16 or 36, panels, in_channels, 64)");
+  p.edge = weight.size(0) == points_of(2) ? 2 : 4;
   p.weight = static_cast<const float*>(weight.data_ptr());
   p.x = x.data_ptr();
   if (bias) {

@@ -5,8 +5,8 @@ beside the layer (see `_kept`), and what follows a layer can be computed where i
 activation, the sum with a residual. A copy is used
 
 - on the CPU, in float32, and in 16 bits where the processor has instructions for it; convolutions in channels-last
-  alone, those of 3x3 in 16 bits by Winograd's algorithm where that is faster (`ops._conv3x3`); linear layers in
-  bfloat16 by this package's own product where that is faster (`ops._packed_linear`),
+  alone, those of 3x3 by Winograd's algorithm where that is faster (`ops._conv3x3`); linear layers in bfloat16 by this
+  package's own product where that is faster (`ops._packed_linear`),
 - without gradients, autocast, tracing, and modes or transforms of PyTorch that would not see the layer,
 - while the layer is plain (`why_called`) and its weight is the one that was packed, unchanged (`_kept.Seen`).
 
@@ -36,7 +36,7 @@ from ._kept import Seen, can_be_seen, drop, kept, outside_inference, values_kept
 from ._once import once_of_graph
 
 _ONEDNN = torch.ops.mkldnn
-_FEWEST_TILES = 32  # of 4x4 results, for Winograd's algorithm
+_FEWEST_TILES = {2: 16, 4: 32}  # for Winograd's algorithm, by the edge of their results
 # Activations as oneDNN knows them: name, algorithm
 _ACTIVATIONS: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
@@ -370,11 +370,12 @@ def _run_product(packed: _Packed, x: Tensor, add: Tensor | None, more: Tensor | 
 
 def _transforms(layer: Any, x: Tensor) -> bool:
     """Whether Winograd's algorithm computes this, and is faster: the more so the more tiles share a weight."""
-    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-    return x.dtype in (torch.bfloat16, torch.float16) and tiles >= _FEWEST_TILES and _can_transform(layer)
+    edge = _conv3x3.edge_of(x.dtype)
+    tiles = x.shape[0] * -(-x.shape[2] // edge) * -(-x.shape[3] // edge)
+    return tiles >= _FEWEST_TILES[edge] and _can_transform(layer, x.dtype)
 
 
-def _can_transform(layer: Any) -> bool:
+def _can_transform(layer: Any, dtype: torch.dtype) -> bool:
     return (
         layer.kernel_size == (3, 3)
         and layer.stride == layer.padding == layer.dilation == (1, 1)
@@ -382,7 +383,7 @@ def _can_transform(layer: Any) -> bool:
         and (layer.bias is None or layer.bias.is_contiguous())
         and layer.in_channels % _conv3x3.CHANNEL_STEP == 0
         and layer.out_channels % _conv3x3.CHANNEL_STEP == 0
-        and _conv3x3.available()
+        and _conv3x3.available(dtype)
     )
 
 
@@ -401,8 +402,8 @@ def packed_bytes(layer: nn.Module, dtype: torch.dtype | None) -> int | None:
     if weight is None or not is_packed_by_onednn(weight.device):
         return None
     dtype = weight.dtype if dtype is None else dtype
-    if isinstance(layer, nn.Conv2d) and dtype in (torch.bfloat16, torch.float16) and _can_transform(layer):
-        return _conv3x3.transformed_bytes(layer.in_channels, layer.out_channels)
+    if isinstance(layer, nn.Conv2d) and _can_transform(layer, dtype):
+        return _conv3x3.transformed_bytes(layer.in_channels, layer.out_channels, dtype)
     if dtype == torch.bfloat16 and (isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)):
         return _product.packed_bytes(weight.shape[0], weight.shape[1])
     return weight.numel() * dtype.itemsize

@@ -125,9 +125,9 @@ def test_conv2d(dtype: torch.dtype, adds: bool, form: dict[str, Any], layouts: s
 
 
 @pytest.mark.skipif(_native.unavailable_reason() is not None, reason="needs the cpu backend")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_large_3x3_conv2d_is_transformed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_conv3x3, "available", lambda: True)  # also where matrix tiles are faster
+    monkeypatch.setattr(_conv3x3, "available", lambda _: True)  # also where matrix tiles are faster
     torch.manual_seed(0)
     layer = packed(nn.Conv2d(32, 48, 3, padding=1), dtype).to(memory_format=NHWC)
     for size, key in ((16, "transformed"), (4, "packed")):

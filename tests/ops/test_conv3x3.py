@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imagen_fast import _native
 from imagen_fast.ops import _conv3x3
 from imagen_fast.testing import assert_as_accurate
 
-DTYPES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def random(*shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -75,15 +76,16 @@ def test_every_range(kernel: str, dtype: torch.dtype, mean: float, scale: float)
 
 
 def test_wrong_arguments_are_refused() -> None:
-    if not _conv3x3.available():
-        pytest.skip("needs the cpu backend, on a processor without matrix tiles")
-    x, weight = random(1, 16, 8, 8, dtype=torch.bfloat16), _conv3x3.transformed(torch.randn(32, 16, 3, 3))
+    if _native.unavailable_reason():
+        pytest.skip("needs the cpu backend")
+    x, weight = random(1, 16, 8, 8, dtype=torch.bfloat16), _conv3x3.transformed(torch.randn(32, 16, 3, 3).bfloat16())
     bias, add = random(32, dtype=torch.bfloat16), random(1, 32, 8, 8, dtype=torch.bfloat16)
     for arguments in (
         (x.contiguous(), weight, bias, add, 32),
         (x.double(), weight, bias, add, 32),
         (x[:, :8].contiguous(memory_format=torch.channels_last), weight, bias, add, 32),
         (x, weight[:35], bias, add, 32),
+        (x, weight[:15], bias, add, 32),
         (x, weight.half(), bias, add, 32),
         (x, weight, bias[:31], add, 32),
         (x, weight, bias.float(), add, 32),
