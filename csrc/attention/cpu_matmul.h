@@ -148,8 +148,8 @@ void multiply_columns(Left<E> a, Right<E> b, Result<typename Step<E>::S> c, int6
   }
 }
 
-// C = scale A B, or C + A B (see Store). `panel` is from one kTileColumns of B to the next. Columns of B and C are there up to the
-// end of a vector.
+// C = scale A B, or C + A B (see Store). `panel` is from one kTileColumns of B to the next. Columns of B and C are
+// there up to the end of a vector.
 template <typename E, Store kStore>
 void multiply(Left<E> a, Right<E> b, int64_t panel, Result<typename Step<E>::S> c, int64_t rows, int64_t columns,
               int64_t steps, typename Step<E>::S scale = 1) {

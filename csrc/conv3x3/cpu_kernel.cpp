@@ -1,9 +1,9 @@
 // A 3x3 convolution by Winograd's minimal filtering, in float32: Lavin and Gray, "Fast algorithms for convolutional
 // neural networks", 2015. A tile of results takes fewer multiplications for each pair of channels: with F(4x4, 3x3) 36
-// instead of 144, with F(2x2, 3x3) 16 instead of 36. The larger tile rounds more, which 16-bit results do not show: where
-// a processor multiplies 16-bit numbers at most twice as fast as float32 (all without matrix tiles) that is the shorter
-// way for them. The smaller one is as accurate as the sum of all products, and serves float32. Transforms and sums are
-// in float32, so that nothing is lost to 16 bits.
+// instead of 144, with F(2x2, 3x3) 16 instead of 36. The larger tile rounds more, which 16-bit results do not show:
+// where a processor multiplies 16-bit numbers at most twice as fast as float32 (all without matrix tiles) that is the
+// shorter way for them. The smaller one is as accurate as the sum of all products, and serves float32. Transforms and
+// sums are in float32, so that nothing is lost to 16 bits.
 //
 //   V = B^T d B     the input of a tile, of every input channel: rows of a matrix for each of its points
 //   M = V U         for each point; U = G g G^T is what the weights were transformed to
@@ -199,7 +199,8 @@ void convolve(const imagen_fast::conv3x3::Problem& p) {
                          {m + point * t.chunk * kPanelColumns, kPanelColumns}, tiles, columns, p.in_channels);
         }
         for (int64_t i = 0; i < tiles; ++i) {
-          transform_output<T, Filter>(p, t, tile_at(t, first + i), m + i * kPanelColumns, panel * kPanelColumns, columns);
+          transform_output<T, Filter>(p, t, tile_at(t, first + i), m + i * kPanelColumns, panel * kPanelColumns,
+                                      columns);
         }
       }
     }
