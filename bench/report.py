@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a result written by imagen-fast bench")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write <op>-<machine>.md and .png into this directory"
+        "--output", type=Path, metavar="DIR", help="write the name of each file as .md and .png into this directory"
     )
     parser.add_argument("--case", metavar="REGEX", help="only cases whose name it matches")
     parser.add_argument("--tag", help="only cases with this tag, such as headline")
@@ -148,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = markdown(result)
             print(text, end="\n\n")
             if args.output is not None:
-                with atomic_file(args.output / f"{result.name}.md") as temporary:
+                with atomic_file(args.output / f"{file.stem}.md") as temporary:
                     temporary.write_text(text + "\n", encoding="utf-8")
-                plots.plot(result, args.output / f"{result.name}.png")
+                plots.plot(result, args.output / f"{file.stem}.png")
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ def filled(text: str, folder: Path) -> str:
     """`text` with every marked place holding the tables made of the result files in `folder`."""
 
     def tables(place: re.Match[str]) -> str:
-        files = sorted(folder.glob(f"{place['op']}-*.json"))
+        files = sorted(folder.glob(f"{place['op']}-*.json"), key=lambda file: file.stem)
         if not files:
             raise SystemExit(f"README.md shows results of {place['op']}, and {folder} has none")
         made = []
