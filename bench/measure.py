@@ -102,7 +102,7 @@ def measure(
 
 
 def usable_backends(case: Case, values: dict[str, Any]) -> tuple[dict[str, Context], str]:
-    """The kernel backends that can run the case, and why the others cannot."""
+    """The kernel backends that can run the case, whether well or not, and why the others cannot."""
     able: dict[str, Context] = {}
     reasons = []
     for name in NAMES:
@@ -114,6 +114,8 @@ def usable_backends(case: Case, values: dict[str, Any]) -> tuple[dict[str, Conte
                 case.ours(**values)
         except BackendError as error:
             reasons.append(str(error))
-        else:
-            able[name] = context
+            continue
+        except Exception:  # noqa: S110 - the check that follows meets it again, and reports it
+            pass
+        able[name] = context
     return able, "; ".join(reasons)

@@ -19,8 +19,13 @@ def traced_as_constant(function: Function) -> Function:
     return function
 
 
+def is_traced() -> bool:
+    """Whether calls are recorded by a compiler, or seen by a mode of PyTorch: tensors may be its own."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def makes_tensors_to_keep(device: torch.device) -> bool:
     """Whether a tensor made now is no tracer's, and does not lie in the memory of a CUDA graph."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if is_traced():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -30,6 +30,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -38,6 +39,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch._library.triton import triton_ops_to_kernels
 
 from ._tracing import traced_as_constant
 
@@ -80,6 +82,26 @@ def define(name: str, launcher: Callable[..., Any], *, fake: Callable[..., Any])
     run = _on_its_device(launcher)
     registered: Callable[..., Any] = torch.library.custom_op if INTERPRETED else torch.library.triton_op
     registered(f"imagen_fast::{name}", run, mutates_args=()).register_fake(fake)
+    if not INTERPRETED:
+        triton_ops_to_kernels[f"imagen_fast::{name}"] = _kernels_of(sys.modules[launcher.__module__])
+
+
+def _kernels_of(module: ModuleType) -> list[object]:
+    """The kernels of a module of kernels and of those that it imports from.
+
+    Their sources are part of the key of compiled graphs that PyTorch keeps on disk; by itself it finds those alone that
+    a launcher names.
+    """
+    from triton.runtime import JITFunction
+
+    modules = [module]
+    for each in modules:  # which grows
+        for value in vars(each).values():
+            name = value.__name__ if inspect.ismodule(value) else str(getattr(value, "__module__", ""))
+            if name.startswith(f"{__package__}.kernels.") and sys.modules[name] not in modules:
+                modules.append(sys.modules[name])
+    found = [value for each in modules for value in vars(each).values() if isinstance(value, JITFunction)]
+    return list(dict.fromkeys(found))
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

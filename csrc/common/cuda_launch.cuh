@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -65,12 +66,23 @@ inline const DeviceProperties& device_properties() {
   return *known[device];
 }
 
-// Let a kernel have so much dynamic shared memory; above 48 KB that must be asked for.
+// Let a kernel have as much dynamic shared memory as the device has beside its static variables. Without that, the two
+// together are limited to 48 KB. Asked once for each kernel and device, so that threads do not change each other's limit.
 template <typename... Parameters>
 void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
-  if (bytes <= 48 * 1024) return;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+  if (bytes == 0) return;
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Parameters...), int>> allowed;
+  int device;
+  check_cuda(cudaGetDevice(&device), "the current device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "a kernel's attributes");
+  const int most = device_properties().shared_bytes_per_block - static_cast<int>(attributes.sharedSizeBytes);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "a kernel's shared memory");
+  allowed.insert({kernel, device});
 }
 
 // How many blocks one multiprocessor holds at a time: a cooperative grid may have that many per multiprocessor.

@@ -19,6 +19,16 @@ void read_weight(const imagen_fast::rms_norm::Problem& p, S* weight) {
   for (int64_t c = 0; c < p.width; ++c) weight[c] = read(p.weight, 0, c, S(1));
 }
 
+// The sum over a row of n elements, in parts that are each 64 additions deep; part_sum(first, size) is that of one.
+template <typename S, typename PartSum>
+IMAGEN_FAST_INLINE S row_sum(int64_t n, PartSum&& part_sum) {
+  constexpr int64_t kPart = 64 * Wide<S>::kWidth;
+  if (n <= kPart) return part_sum(int64_t{0}, n);
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kPart) total += part_sum(first, n - first < kPart ? n - first : kPart);
+  return static_cast<S>(total);
+}
+
 // sum = x + residual, rounded to T
 template <typename T>
 void add_row(const T* x, const T* residual, T* sum, int64_t n) {
@@ -40,12 +50,15 @@ void forward(const imagen_fast::rms_norm::Forward& f) {
         add_row(s, row<T>(f.residual, r, f.inner), sum, f.width);
         s = sum;
       }
-      RowSum<S> squares;
-      for_each_vector<S>(f.width, [&](int64_t i, auto lanes) {
-        const auto v = load(s + i, lanes);
-        squares.add_product(v, v, lanes);
+      const S squares = row_sum<S>(f.width, [&](int64_t first, int64_t n) {
+        RowSum<S> sum;
+        for_each_vector<S>(n, [&](int64_t i, auto lanes) {
+          const auto v = load(s + first + i, lanes);
+          sum.add_product(v, v, lanes);
+        });
+        return sum.total();
       });
-      const S mean = squares.total() / static_cast<S>(f.width);
+      const S mean = squares / static_cast<S>(f.width);
       const S rstd = S(1) / std::sqrt(mean + static_cast<S>(f.eps));
       static_cast<S*>(f.rstd)[r] = rstd;
       T* y = row<T>(f.y, r, f.inner);
@@ -60,11 +73,14 @@ void forward(const imagen_fast::rms_norm::Forward& f) {
 // mean(g * xhat) / xhat's factor: sum(dy * weight * s) * rstd / C
 template <typename T, typename S>
 S mean_product(const T* dy, const T* s, const S* weight, S rstd, int64_t n) {
-  RowSum<S> sum;
-  for_each_vector<S>(n, [&](int64_t i, auto lanes) {
-    sum.add_product(load(dy + i, lanes) * load(weight + i, lanes), load(s + i, lanes), lanes);
+  const S total = row_sum<S>(n, [&](int64_t first, int64_t size) {
+    RowSum<S> sum;
+    for_each_vector<S>(size, [&](int64_t i, auto lanes) {
+      sum.add_product(load(dy + first + i, lanes) * load(weight + first + i, lanes), load(s + first + i, lanes), lanes);
+    });
+    return sum.total();
   });
-  return sum.total() * rstd / static_cast<S>(n);
+  return total * rstd / static_cast<S>(n);
 }
 
 // dx of one row; dsum may be null
@@ -79,18 +95,20 @@ void dx_row(const T* dy, const T* dsum, const T* s, const S* weight, S rstd, T* 
   });
 }
 
-// Sums over rows are taken in blocks of them, so that they do not depend on the number of threads: at most kBlocks, of
-// kRows or more.
+// Sums over rows are taken in blocks of them, whose size depends on the number of rows alone, so that sums do not
+// depend on the number of threads: about kBlocks blocks, unless they would have too few rows, or more than kMostRows. A
+// sum over a block is a chain of that many additions; over blocks it is in double.
 constexpr int64_t kBlocks = 64;
-constexpr int64_t kRows = 16;
+constexpr int64_t kFewestRows = 16;
+constexpr int64_t kMostRows = 128;
 
 template <typename T>
 void backward(const imagen_fast::rms_norm::Backward& b) {
   using S = AccumulateType<T>;
   const int64_t rows = b.outer * b.inner;
-  int64_t block = (rows + kBlocks - 1) / kBlocks;
-  block = block < kRows ? kRows : block;
-  const int64_t blocks = (rows + block - 1) / block;
+  int64_t block = ceil_div(rows, kBlocks);
+  block = block < kFewestRows ? kFewestRows : block > kMostRows ? kMostRows : block;
+  const int64_t blocks = ceil_div(rows, block);
   const bool needs_weight = b.dweight.data;
   Buffer<S> weight(b.width);
   Buffer<S> partial(needs_weight ? blocks * b.width : 0);
@@ -119,11 +137,13 @@ void backward(const imagen_fast::rms_norm::Backward& b) {
   });
   if (!needs_weight) return;
   parallel_for(b.width, blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      double sum = 0;
-      for (int64_t k = 0; k < blocks; ++k) sum += partial[k * b.width + c];
-      write(b.dweight, c, sum);
+    Buffer<double> sums(end - begin);
+    for (int64_t c = begin; c < end; ++c) sums[c - begin] = 0;
+    for (int64_t k = 0; k < blocks; ++k) {
+      const S* block_sums = partial.data() + k * b.width;
+      for (int64_t c = begin; c < end; ++c) sums[c - begin] += block_sums[c];
     }
+    for (int64_t c = begin; c < end; ++c) write(b.dweight, c, sums[c - begin]);
   });
 }
 

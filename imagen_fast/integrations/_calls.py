@@ -91,6 +91,13 @@ class Call:
         return rebuilt(self.args), rebuilt(self.kwargs)
 
 
+# What PyTorch has a precision of float32 for. Its older functions raise where one of these was set.
+_PRECISIONS = (
+    ("generic", "all"),
+    *((backend, operator) for backend in ("cuda", "mkldnn") for operator in ("all", "matmul", "conv", "rnn")),
+)
+
+
 def settings() -> Hashable:
     """Of PyTorch and this package: what the choice of kernels depends on besides the call."""
     return (
@@ -98,12 +105,11 @@ def settings() -> Hashable:
         backends.is_strict(),
         torch._C._get_mkldnn_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        *(torch._C._get_fp32_precision_getter(*where) for where in _PRECISIONS),
         torch.get_default_dtype(),
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.allow_tf32,
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         torch.backends.cuda.flash_sdp_enabled(),

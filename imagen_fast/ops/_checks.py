@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -83,6 +84,11 @@ def is_number(value: Any) -> bool:
 def plain_integer(value: Any) -> int:
     """An integer as Python's (or, of a traced size, as it is)."""
     return value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def constant_integer(value: int) -> int:
+    """The same where it is traced: it becomes a constant, and its graph one for this value alone."""
+    return operator.index(value)
 
 
 def integer(name: str, value: Any, minimum: int) -> int:

@@ -4,8 +4,8 @@
 
 The weights are transformed once, by `transformed`, for tiles of 4x4 results in 16 bits and of 2x2 in float32; they take
 8 times the memory of 16-bit ones and 1.8 times that of float32. For models whose weights stay
-(`imagen_fast.integrations`); the arithmetic and its source are described in `csrc/conv3x3/cpu_kernel.cpp`. An infinity or
-NaN in x reaches all results of its tiles, some of which lie a pixel or two outside of the 3x3 around it.
+(`imagen_fast.integrations`); the arithmetic and its source are described in `csrc/conv3x3/cpu_kernel.cpp`. An infinity
+or NaN in x reaches all results of its tiles, some of which lie a pixel or two outside of the 3x3 around it.
 """
 
 from __future__ import annotations

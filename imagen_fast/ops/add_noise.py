@@ -84,7 +84,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_dalphas:
         n = alphas_cumprod.shape[0]
         alpha = alphas_cumprod.double()[timesteps.clamp(0, n - 1)]
-        along_x0, along_noise = ((dy.double() * tensor.double()).flatten(1).sum(1) for tensor in (x0, noise))
+        # (Not by flatten, which has no rule for gradients that are taken in batches.)
+        within = tuple(range(1, dy.dim()))
+        along_x0, along_noise = ((dy.double() * tensor.double()).sum(within) for tensor in (x0, noise))
         by_sample = along_x0 / (2 * alpha.sqrt()) - along_noise / (2 * (1 - alpha).sqrt())
         # (Not by index_add, whose order is not fixed on a GPU.)
         taken = timesteps[:, None] == torch.arange(n, device=timesteps.device)

@@ -97,6 +97,7 @@ def _register_autograd(backend: str) -> None:
 
     def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, rstd, weight, scale, shift = ctx.saved_tensors
+        x, rstd = dense(x), rstd.contiguous()
         needed = ctx.needs_input_grad[:4]
         gradients = run_operator(
             backward, dense_like(dy, x), x, rstd, weight, scale, shift, ctx.activation, _norms.bits(needed)

@@ -72,6 +72,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _differentiate(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
     def formula(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, value = ctx.saved_tensors
+        gate, value = rows(gate), None if value is None else rows(value)
         need_gate, need_value, _ = ctx.needs_input_grad
         dgate, dvalue = run_operator(backward, rows(dy), gate, value, ctx.tanh, need_gate + 2 * need_value)
         return dgate if need_gate else None, dvalue if need_value else None, None

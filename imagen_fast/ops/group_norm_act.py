@@ -115,6 +115,7 @@ def _register_autograd(backend: str) -> None:
 
     def differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, scale, shift, *statistics = ctx.saved_tensors
+        x, statistics = dense(x), [statistic.contiguous() for statistic in statistics]
         need_x, _, *need_parameters = ctx.needs_input_grad[:6]
         needed = (need_x, *need_parameters)
         parameters = (weight, bias, scale, shift)

@@ -74,7 +74,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, weight, residual, _ = inputs
     _, summed, rstd = output
     ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(*([rstd] if ctx.has_residual else [summed, rstd]))
+    sum_has_gradient = ctx.has_residual and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
+    ctx.mark_non_differentiable(*([rstd] if sum_has_gradient else [summed, rstd]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(summed if ctx.has_residual else x, rstd, weight)
 
@@ -82,6 +83,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _differentiate(backward: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
     def formula(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
+        x, rstd, weight = rows(x), rstd.contiguous(), weight.contiguous()
         if not ctx.has_residual:
             dsum = None
         need_x, need_weight, need_residual, _ = ctx.needs_input_grad

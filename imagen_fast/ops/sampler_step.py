@@ -171,7 +171,9 @@ def _seeds(seed: int | Tensor, sample: Tensor) -> Tensor:
         return seed
     if not _checks.is_integer(seed):
         raise TypeError(f"seed must be an int or an int64 tensor, got {seed!r}")
-    first = (_checks.plain_integer(seed) + 2**63) % 2**64 - 2**63
+    first = _checks.plain_integer(seed)
+    if not -(2**63) <= first < 2**63:  # (in a graph that is traced there is no room for such numbers)
+        first = (_checks.constant_integer(first) + 2**63) % 2**64 - 2**63
     return torch.arange(batch, device=sample.device) + first  # wraps around, as unsigned numbers do
 
 
@@ -334,10 +336,12 @@ def sampler_step(
             its channels, of which the second half is the variance. Without one, further channels are ignored.
         table: the solver, a `StepTable`.
         index: which of its rows. An int is checked. A 0-d tensor on sample's device stays there, so that a loop can be
-            captured as a graph; a row out of range gives NaN.
+            captured as a graph; a row out of range gives NaN. Under `torch.compile` every int has a graph of its own,
+            of which there may be few; all tensors share one.
         unconditional_output: the output without the text; without it there is no guidance. Its variance is ignored,
             and may be left out.
-        guidance: the scale, or a `Guidance`.
+        guidance: the scale, or a `Guidance`. Like the numbers of a threshold, a constant of graphs that
+            `torch.compile` makes.
         threshold: of x0: None, "static" (clip to ±1), or a `DynamicThreshold`, which clips to the exact quantile of
             each sample's magnitudes and divides by it. With the latter, a sample with any NaN in its x0 becomes NaN.
         previous_x0: the x0 that the step before returned; needed where any row of the table uses it.
