@@ -115,7 +115,7 @@ def usable_backends(case: Case, values: dict[str, Any]) -> tuple[dict[str, Conte
         except BackendError as error:
             reasons.append(str(error))
             continue
-        except Exception:  # noqa: S110 - the check that follows meets it again, and reports it
+        except Exception:  # the check that follows meets it again, and reports it
             pass
         able[name] = context
     return able, "; ".join(reasons)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from pathlib import Path
 
 import torch
+
+from ._tracing import traced_as_constant
 
 LIBRARY = Path(__file__).parent / "lib" / "libimagen_fast_cuda.so"
 
@@ -44,6 +47,38 @@ def unavailable_reason() -> str | None:
 def library() -> str:
     """What the library that is loaded was built for: "CUDA 8.0 9.0a", or a flavour of the emulator."""
     return torch.ops.imagen_fast._cuda_library()
+
+
+_device_reasons: dict[int, str | None] = {}
+
+
+@traced_as_constant
+def device_reason(index: int) -> str | None:
+    """Why the library that is loaded cannot run on a CUDA device, or None if it can."""
+    if index not in _device_reasons:
+        major, minor = torch.cuda.get_device_capability(index)
+        fits = has_code_for(library(), (major, minor))
+        _device_reasons[index] = None if fits else f"it was built for {library()}, and the device is {major}.{minor}"
+    return _device_reasons[index]
+
+
+def has_code_for(built: str, capability: tuple[int, int]) -> bool:
+    """Whether a library runs on a device.
+
+    Args:
+        built: as `library()` says it: "CUDA 8.0 9.0a 12.0+PTX".
+        capability: of the device.
+
+    Machine code runs on its architecture and on later ones of the same generation; with the suffix a on its own alone;
+    PTX on all later ones. That of 10.0 and later is the PTX of 9.0 (see `gencode` in setup.py).
+    """
+    for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
+        of = int(major), int(minor)
+        if capability == of or (suffix != "a" and capability[0] == of[0] and capability[1] >= of[1]):
+            return True
+        if ptx and not suffix and capability >= min(of, (9, 0)):
+            return True
+    return False
 
 
 def set_emulator_option(name: str, value: object) -> None:

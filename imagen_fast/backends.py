@@ -279,6 +279,8 @@ class Op(Generic[Call]):
         if name not in PREFERENCE.get(device, ()) and not (device == "cpu" and _EMULATED.get(name)):
             return f"the tensors are on {device}"
         reason = _unavailable(name)
+        if reason is None and name == "cuda" and device == "cuda":
+            reason = _cuda.device_reason(call[0].device.index)
         if reason is not None:
             return reason
         if _transforms_active():

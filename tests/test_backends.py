@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import imagen_fast
-from imagen_fast import backends, ops
+from imagen_fast import _cuda, backends, ops
 from imagen_fast.backends import Backend, BackendError, Op, dtypes, no_gradient
 
 
@@ -382,3 +382,28 @@ def test_every_op_is_found_and_seen_by_type_checkers() -> None:
     for name in ops.__all__:
         assert callable(getattr(ops, name))
         assert f"from .{name} import {name} as {name}" in source, f"add {name} under TYPE_CHECKING in {ops.__file__}"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "fits"),
+    [
+        ("CUDA 8.0 9.0 10.0 12.0+PTX", (9, 0), True),
+        ("CUDA 8.0 9.0 10.0 12.0+PTX", (8, 9), True),
+        ("CUDA 8.0 9.0 10.0 12.0+PTX", (11, 0), True),  # by the PTX of 9.0
+        ("CUDA 8.0 9.0 10.0 12.0+PTX", (7, 5), False),
+        ("CUDA 8.0 9.0 10.0", (12, 0), False),
+        ("CUDA 9.0a", (9, 0), True),
+        ("CUDA 9.0a", (10, 0), False),
+        ("CUDA 10.0f", (10, 3), True),
+        ("CUDA 8.6", (8, 0), False),
+        ("CUDA 8.0+PTX", (12, 0), True),
+    ],
+)
+def test_the_cuda_library_serves_devices_that_it_has_code_for(
+    built: str, capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _cuda.has_code_for(built, capability) == fits
+    monkeypatch.setattr(_cuda, "_device_reasons", {})
+    monkeypatch.setattr(_cuda, "library", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert (_cuda.device_reason(0) is None) == fits

@@ -77,8 +77,13 @@ class CudaRecorder:
         pool = None if beside is None else beside.graph.pool()
         # Other threads may go on allocating and copying meanwhile.
         recording = torch.cuda.graph(graph, pool, self._stream(device), capture_error_mode="thread_local")
-        with torch.cuda.device(device), recording:
-            result = function()
+        with torch.cuda.device(device):
+            current = torch.cuda.current_stream(device)
+            try:
+                with recording:
+                    result = function()
+            finally:  # a recording that fails does not leave its stream by itself
+                torch.cuda.set_stream(current)
         return _CudaRecording(graph, result)
 
     @contextmanager

@@ -66,6 +66,14 @@ def test_without_a_kernel_the_reasons_are_told() -> None:
     assert "there is no kernel at all" in failure.message
 
 
+def test_a_kernel_that_fails_is_one_case_less() -> None:
+    result = run_toy("failing", ["eager"])
+    assert not result.rows
+    [failure] = result.failures
+    assert failure.contender == "cpu"
+    assert "invalid argument" in failure.message
+
+
 def test_a_failing_peer_does_not_stop_the_others() -> None:
     result = run_toy("right-forward", ["eager", "broken", "wrong", "other shape"])
     assert [row.peer for row in result.rows] == ["eager"]

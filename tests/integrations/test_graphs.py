@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import imagen_fast
+from imagen_fast.integrations._calls import settings
 from imagen_fast.integrations._graphed import GraphedForward, Prepared, bucket, prepared_step
 from imagen_fast.integrations._graphs import GraphPool
+from imagen_fast.integrations._recorders import CudaRecorder
 from imagen_fast.models import UNet, UNetConfig
 
 from .recorder import OperatorRecorder, recording_here
@@ -415,3 +418,43 @@ def test_a_time_step_is_a_tensor(timestep: Any) -> None:
 
 def test_buckets() -> None:
     assert [*map(bucket, (1, 32, 33, 77, 128, 129, 256, 500))] == [32, 32, 64, 96, 128, 192, 256, 512]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "mkldnn"])
+def test_a_precision_of_float32_that_older_functions_do_not_know(backend: str) -> None:
+    before, precision = settings(), getattr(torch.backends, backend).matmul
+    kept = precision.fp32_precision
+    try:
+        precision.fp32_precision = "tf32"
+        assert settings() != before
+    finally:
+        precision.fp32_precision = kept
+    assert settings() == before
+
+
+def test_a_recording_that_fails_leaves_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended device: the end of an invalid capture raises, and torch.cuda.graph stays on its stream then."""
+    current = ["the caller's"]
+
+    class InvalidCapture:
+        def __init__(self, graph: Any, pool: Any, stream: Any, **_: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            current[0] = self.stream
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("capture failed")
+
+    for name, value in {
+        "CUDAGraph": object,
+        "graph": InvalidCapture,
+        "device": nullcontext,
+        "Stream": lambda _: "the recorder's",
+        "current_stream": lambda _: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        CudaRecorder().record(lambda: None, torch.device("cuda", 0), None)
+    assert current == ["the caller's"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import imagen_fast
 from imagen_fast import RelativePositionBias, ops
+from imagen_fast.ops import _attention_buckets
 from imagen_fast.ops._attention_buckets import diagonal_buckets
 from imagen_fast.reference.attention import materialized, relative_position_bucket
 from imagen_fast.testing import assert_model_as_accurate, assert_op_as_accurate
@@ -90,6 +91,18 @@ def test_bucket_of_a_diagonal(queries: int, keys: int, bidirectional: bool) -> N
     assert torch.equal(by_diagonal, materialized(bias, queries, keys))
     with torch.inference_mode():
         assert torch.equal(diagonal_buckets(bias, queries, keys), buckets)
+
+
+def test_buckets_that_are_kept_serve_where_none_may_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = RelativePositionBias(torch.randn(32, 3), max_distance=77)
+    monkeypatch.setattr(_attention_buckets, "makes_tensors_to_keep", lambda _: False)  # as a CUDA graph is recorded
+    fresh = diagonal_buckets(bias, 5, 9)
+    monkeypatch.undo()
+    kept = diagonal_buckets(bias, 5, 9)
+    assert torch.equal(fresh, kept)
+    assert fresh.data_ptr() != kept.data_ptr()
+    monkeypatch.setattr(_attention_buckets, "makes_tensors_to_keep", lambda _: False)
+    assert diagonal_buckets(bias, 5, 9).data_ptr() == kept.data_ptr()
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0), (0, 0), (1, 0)], ids=str)

@@ -96,6 +96,12 @@ def test_no_kernel_is_left_out() -> None:
 
 
 @ops
+def test_compiled_graphs_on_disk_are_told_of_every_kernel(op: str) -> None:
+    told = {kernel.__name__ for kernel in _triton._kernels_of(_triton.kernels(op))}
+    assert {each.kernel.src.fn.__name__ for each in compiled(op)} <= told
+
+
+@ops
 def test_shared_memory_suffices(op: str) -> None:
     limits = {architecture: device.shared_memory for architecture, device in _triton.KNOWN_DEVICES.items()}
     too_much = too_much_shared_memory(table(op), limits)

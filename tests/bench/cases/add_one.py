@@ -22,6 +22,12 @@ def nowhere(x: torch.Tensor) -> torch.Tensor:
     raise BackendError("there is no kernel at all")
 
 
+def failing(x: torch.Tensor) -> torch.Tensor:
+    if _state.selection.backend != "cpu":
+        raise BackendError("there is one kernel, for the CPU")
+    raise RuntimeError("a kernel's launch: invalid argument")
+
+
 def add_one(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
@@ -56,6 +62,7 @@ def cases() -> Iterator[Case]:
         ("right-backward", on_cpu_backend, "backward"),
         ("wrong-forward", lambda x: on_cpu_backend(x) * 1.01, "forward"),
         ("nowhere-forward", nowhere, "forward"),
+        ("failing-forward", failing, "forward"),
     ):
         yield Case(
             op="add_one",
