@@ -67,7 +67,8 @@ inline const DeviceProperties& device_properties() {
 }
 
 // Let a kernel have as much dynamic shared memory as the device has beside its static variables. Without that, the two
-// together are limited to 48 KB. Asked once for each kernel and device, so that threads do not change each other's limit.
+// together are limited to 48 KB. Asked once for each kernel and device, so that threads do not change each other's
+// limit.
 template <typename... Parameters>
 void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes == 0) return;

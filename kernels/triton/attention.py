@@ -329,7 +329,7 @@ def _differentiate_queries(
         NEEDS_TABLE=table is not None,
         BLOCK_ROWS=power_of_two_at_least(rows),
     )
-    return dq, dq_scale.sum(0), dtable.sum((0, 2)).t()
+    return dq, dq_scale.sum(0), dtable.sum((0, 2)).t().contiguous()
 
 
 def _differentiate_keys(problem: _Problem, segment: _Segment) -> tuple[Tensor, Tensor, Tensor]:

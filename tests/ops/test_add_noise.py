@@ -137,6 +137,17 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *args: ops.add_noise(*args, t), leaves)
 
 
+def test_gradients_may_be_taken_in_batches(backend: str) -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` does."""
+    x0, noise, alphas_cumprod, timesteps = call((2, 3, 4, 5))
+    leaves = [leaf.requires_grad_() for leaf in (x0, noise, alphas_cumprod)]
+    y, dys = ops.add_noise(*leaves, timesteps), torch.randn(3, 2, 3, 4, 5)
+    batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        for gradients, expected in zip(batched, torch.autograd.grad(y, leaves, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(gradients[i], expected)
+
+
 def test_opcheck(backend: str) -> None:
     if backend == "cpu":
         x0, noise, alphas, t = call((3, 2, 5, 4))

@@ -415,7 +415,34 @@ def test_transforms_give_what_eager_gives() -> None:
     torch.testing.assert_close(expected[0], torch.autograd.grad(loss(table, q[0], k[0], v[0]), table)[0])
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "key_mask"])
+def test_derivatives_under_transforms_with_a_bias_that_needs_one(masked: bool) -> None:
+    """Forward mode and reverse mode agree: <J t, w> = <t, J^T w>."""
+    q, k, v, tangent = (torch.randn(2, 4, 5, 8, dtype=torch.float64) for _ in range(4))
+    bias = torch.randn(4, 5, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 4 + [False], [False] * 5]) if masked else None
+
+    def run(q: Tensor) -> Tensor:
+        return ops.attention(q, k, v, bias=bias, key_mask=mask)
+
+    weights = torch.randn(q.shape, dtype=torch.float64)
+    forward = (torch.func.jvp(run, (q,), (tangent,))[1] * weights).sum()
+    gradient = torch.func.grad(lambda q: (run(q) * weights).sum())(q)
+    torch.testing.assert_close(forward, (gradient * tangent).sum())
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad((run(leaf) * weights).sum(), leaf)[0])
+
+
 # ---- Autocast
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "key_mask"])
+def test_autocast_leaves_the_bias_as_it_is(backend: str, masked: bool) -> None:
+    q, bias = torch.randn(3, 2, 7, 8).bfloat16(), 30 * torch.randn(2, 7, 7)
+    mask = torch.arange(7) < torch.tensor([[7], [5], [3]]) if masked else None
+    expected = ops.attention(q, q, q, bias=bias, key_mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.attention(q, q, q, bias=bias, key_mask=mask), expected)
 
 
 def test_autocast_narrows_as_it_does_for_scaled_dot_product_attention(backend: str) -> None:

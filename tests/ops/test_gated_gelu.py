@@ -102,6 +102,24 @@ def test_the_gradient_of_one_tensor_alone_is_the_same(kernel: str, needed: str) 
     assert torch.equal(gradient, both[needed])
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+def test_saved_tensors_may_come_back_in_other_strides(backend: str, packed: bool) -> None:
+    """As from hooks that offload or compress them."""
+    call = {name: x.requires_grad_() for name, x in arguments((2, 5, 24), packed=packed).items() if x is not None}
+    leaves, dy = list(call.values()), torch.randn(2, 5, 24)
+
+    def run() -> Tensor:
+        return ops.gated_gelu(**call)
+
+    expected = torch.autograd.grad(run(), leaves, dy)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved, lambda saved: torch.stack([saved] * 2, -1)[..., 0]
+    ):
+        y = run()
+    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_halves_of_one_tensor_are_what_it_packs(kernel: str) -> None:
     packed = torch.randn(2, 5, 48)
     assert torch.equal(ops.gated_gelu(packed), ops.gated_gelu(*packed.chunk(2, dim=-1)))

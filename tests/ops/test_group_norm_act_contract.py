@@ -106,6 +106,25 @@ def test_gradients_may_come_in_any_layout(backend: str, layout_of_x: str, layout
         assert dx.stride() == x.stride()
 
 
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+def test_saved_tensors_may_come_back_in_other_strides(kernel: str, nhwc: bool) -> None:
+    """As from hooks that offload or compress them. (PyTorch's own group norm reads such tensors wrongly.)"""
+    x, dy = (torch.randn(2, 8, 5, 3) for _ in range(2))
+    x, weight = (layout.channels_last(x) if nhwc else x).requires_grad_(), torch.randn(8, requires_grad=True)
+    leaves = [x, weight]
+
+    def run() -> Tensor:
+        return ops.group_norm_act(x, 2, weight)
+
+    expected = torch.autograd.grad(run(), leaves, dy)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved, lambda saved: torch.stack([saved] * 2, -1)[..., 0]
+    ):
+        y = run()
+    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_input_is_not_written(backend: str) -> None:
     x = torch.randn(2, 16, 6, 5)
     before = x.clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import imagen_fast
 from imagen_fast import _native, layout, ops, use_backend
-from imagen_fast.testing import assert_op_as_accurate
+from imagen_fast.testing import assert_as_accurate, assert_op_as_accurate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -48,6 +48,25 @@ def test_shapes(backend: str, shape: tuple[int, ...], residual: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradient_of_the_weight_over_many_rows(kernel: str, dtype: torch.dtype) -> None:
     assert_op_as_accurate(ops.rms_norm, **arguments((3, 1371, 40), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_of_the_weight_over_very_many_equal_rows(capability: str, dtype: torch.dtype) -> None:
+    """Sums of equal terms, whose roundings all go one way."""
+    x = torch.full((2**18, 8), 0.1, dtype=dtype)
+
+    def gradient(x: Tensor, weight: Tensor) -> Tensor:
+        y = ops.rms_norm(x, weight.requires_grad_())
+        return torch.autograd.grad(y, weight, torch.ones_like(y))[0]
+
+    ours = gradient(x, torch.ones(8))
+    with use_backend("eager"):
+        eager, truth = gradient(x, torch.ones(8)), gradient(x.double(), torch.ones(8).double())
+    assert_as_accurate(ours, eager, truth)
+
+
+def test_very_wide_rows_of_equal_values(capability: str) -> None:
+    assert_op_as_accurate(ops.rms_norm, torch.full((2, 2**20), 0.1), torch.ones(2**20))
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
@@ -156,6 +175,32 @@ def test_gradients_of_one_result_alone(backend: str, part: int) -> None:
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("needed", ["x", "weight", "residual"])
+def test_the_sum_requires_a_gradient_where_one_of_its_terms_does(backend: str, needed: str) -> None:
+    call = arguments((2, 5, 40))
+    call[needed].requires_grad_()
+    y, summed = ops.rms_norm(**call)
+    assert y.requires_grad
+    assert summed.requires_grad == (needed != "weight")
+
+
+def test_saved_tensors_may_come_back_in_other_strides(backend: str) -> None:
+    """As from hooks that offload or compress them."""
+    call = {name: x.requires_grad_() for name, x in arguments((2, 5, 40)).items()}
+    leaves, dy = list(call.values()), [torch.randn(2, 5, 40) for _ in range(2)]
+
+    def run() -> Any:
+        return ops.rms_norm(**call)
+
+    expected = torch.autograd.grad(run(), leaves, dy)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved, lambda saved: torch.stack([saved] * 2, -1)[..., 0]
+    ):
+        y = run()
+    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "residual"])

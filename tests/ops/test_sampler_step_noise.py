@@ -125,6 +125,21 @@ def test_integer_seeds_of_any_size_wrap_around(backend: str) -> None:
     assert torch.equal(noise((2, 3, 4), -(2**64) + 5), noise((2, 3, 4), 5))
 
 
+def test_a_compiled_step_takes_integer_seeds_of_any_size(backend: str) -> None:
+    """The graph's integers are of 64 bits; seeds that have more get graphs of their own."""
+    if backend != "cpu":
+        pytest.skip("the same for all of them, and plain PyTorch's Philox takes long to compile")
+    torch._dynamo.reset()
+    zero = torch.zeros(2, 3, 4, 4)
+
+    def step(seed: int) -> Tensor:
+        return ops.sampler_step(zero, zero, TABLE, 3, seed=seed)[0]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for seed in (17, -(2**63), 2**64 - 5):
+        assert torch.equal(compiled(seed), step(seed))
+
+
 def test_noise_is_normal(kernel: str) -> None:
     """Kolmogorov and Smirnov, at a significance of 1e-6; and the first four moments."""
     z = noise((4, 3, 250, 250), 11).flatten()
