@@ -68,6 +68,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; an empty one draws anything")
     parser.add_argument(
         "--out",
+        type=_path,
         required=True,
         help="the picture to write (.png, .jpg, .webp), for several prompts a grid of them in the order given; "
         "or a directory, which gets one picture a prompt: 1.png, 2.png, …",
@@ -126,9 +127,9 @@ def _sample(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     if not separate and len(images) > 1:
         images = [pictures.grid(images)]
-    for image, name in zip(images, names, strict=True):
+    for i, (image, name) in enumerate(zip(images, names, strict=True)):
         pictures.save_picture(image, name)
-        print(f"{name}: {image.width}x{image.height}, seed {args.seed}")
+        print(f"{name}: {image.width}x{image.height}, seed {args.seed + i}")
     print(f"sampled in {seconds:.1f} s")
 
 
@@ -202,7 +203,7 @@ def _tune(args: argparse.Namespace) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=("emoji",), help="which data set: emoji, with English and Chinese captions")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the directory to write")
     parser.add_argument("--font", metavar="FILE", help="a colour bitmap font (default: Debian's Noto Color Emoji)")
     parser.add_argument("--annotations", metavar="DIR", help="CLDR's annotations (default: Debian's)")
 
@@ -224,7 +225,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="change a key, such as steps=100; may repeat",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
-    parser.add_argument("--out", metavar="DIR", help="where checkpoints and sample grids go (default: the config's)")
+    parser.add_argument(
+        "--out", type=_path, metavar="DIR", help="where checkpoints and sample grids go (default: the config's)"
+    )
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -236,7 +239,7 @@ def _train(args: argparse.Namespace) -> None:
 def _add_assemble(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="the directory of a run of stage base")
     parser.add_argument("super_resolution", nargs="*", metavar="SR", help="directories of runs of super-resolution")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the model's directory to write")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the model's directory to write")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights"
     )
@@ -254,7 +257,7 @@ def _assemble(args: argparse.Namespace) -> None:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="the data set that the model was trained on")
-    parser.add_argument("--out", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="write the results as JSON, too")
     parser.add_argument("--count", type=_count, metavar="N", help="captions a language (default: one a picture)")
     _add_sampling(parser)
 
@@ -349,6 +352,12 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be from 0 to 2^63 - 1, got {text}")
     return value
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _count(text: str) -> int:

@@ -66,17 +66,25 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A process killed between the two renames leaves the old directory aside: `recover_directory` brings it back.
 
+    The working directory and a mount point must stay the directories that they are: there the new files are made
+    inside, and take the places of the old ones one after the other. A process killed meanwhile leaves the old ones in
+    a folder `.….old` there.
+
     Raises:
-        OutputError: the directory cannot be created, filled (a full disk) or moved into place, or `path` is a file.
+        OutputError: the directory cannot be created, filled (a full disk) or moved into place, or `path` is a file, or
+            the working directory is somewhere below it.
     """
     path = Path(path)
-    if path.is_symlink() or not path.name:  # a link stays one; "." has no name to put others beside
+    if path.is_symlink() or path.name in ("", ".."):  # a link stays one; "." has no name to put others beside
         path = path.resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write {path}: it is a file, not a directory")
+    stays = _must_stay(path)
     _make_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    beside = path if stays else path.parent
+    temporary = beside / f".{path.name}.{os.getpid()}.partial"
+    retired = beside / f".{path.name}.{os.getpid()}.old"
+    replace = _replace_content if stays else _replace_directory
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -86,16 +94,53 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(mode)  # safetensors writes files that their owner alone may read
                 _flush_to_disk(file)
-        if path.exists():
-            os.replace(path, retired)
-        os.replace(temporary, path)
+        replace(path, temporary, retired)
     except _WRITE_ERRORS as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _must_stay(path: Path) -> bool:
+    """Whether a directory cannot be replaced by another one, but its content can."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # somebody has deleted it
+        return os.path.ismount(path)
+    whole = path.resolve()
+    if whole in here.parents:
+        raise OutputError(f"cannot write {path}: the working directory, {here}, is inside of it")
+    return whole == here or os.path.ismount(path)
+
+
+def _replace_directory(path: Path, temporary: Path, retired: Path) -> None:
+    """Put `temporary` in the place of `path`, or leave everything as it was."""
+    try:
+        if path.exists():
+            os.replace(path, retired)
+        os.replace(temporary, path)
+    finally:
         if retired.exists() and not path.exists():
             os.replace(retired, path)
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _replace_content(path: Path, temporary: Path, retired: Path) -> None:
+    """Put what is in `temporary` in the place of everything else in `path`, or leave everything as it was."""
+    moves = [(file, retired / file.name) for file in path.iterdir() if file != temporary]
+    moves += [(file, path / file.name) for file in temporary.iterdir()]
+    try:
+        retired.mkdir()
+        for source, target in moves:
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.replace(target, source)
+        with contextlib.suppress(OSError):
+            retired.rmdir()
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def recover_directory(path: str | os.PathLike[str]) -> None:

@@ -138,11 +138,15 @@ def test_several_prompts_make_a_grid_in_their_order(imagen, tmp_path):
 
 
 @pytest.mark.parametrize("existing", [True, False], ids=["existing", "trailing-slash"])
-def test_a_directory_gets_one_picture_a_prompt(imagen, tmp_path, existing):
+def test_a_directory_gets_one_picture_a_prompt(imagen, tmp_path, existing, capsys):
     directory = tmp_path / "pets"
     if existing:
         directory.mkdir()
-    assert cli.main(["sample", "a cat", "a dog", "--out", str(directory) + ("" if existing else "/")]) == 0
+    out = str(directory) + ("" if existing else "/")
+    assert cli.main(["sample", "a cat", "a dog", "--out", out, "--seed", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "1.png: 16x16, seed 5\n" in printed
+    assert "2.png: 16x16, seed 6\n" in printed, "which draws this picture alone"
     assert sorted(path.name for path in directory.iterdir()) == ["1.png", "2.png"]
     assert Image.open(directory / "2.png").getpixel((0, 0)) == (0, 128, 0)
 
@@ -161,6 +165,8 @@ def test_every_offered_format_can_be_written(imagen, tmp_path, suffix):
         pytest.param(["sample"], "required: PROMPT, --out", id="no-prompt"),
         pytest.param(["sample", "a cat"], "required: --out", id="no-out"),
         pytest.param(["sample", "a cat", "--out", "x.png", "--sede", "1"], "--sede", id="unknown-option"),
+        pytest.param(["sample", "a", "--out", ""], "--out: must not be empty", id="out-empty"),
+        pytest.param(["train", "emoji-base", "--out", ""], "--out: must not be empty", id="train-out-empty"),
         pytest.param(["sample", "a", "--out", "x.png", "--seed", "one"], "whole number, got 'one'", id="seed-text"),
         pytest.param(["sample", "a", "--out", "x.png", "--seed=-1"], "from 0 to 2^63 - 1, got -1", id="seed-negative"),
         pytest.param(["sample", "a", "--out", "x.png", "--steps", "0"], "at least 1, got 0", id="no-steps"),

@@ -249,6 +249,62 @@ def test_recovering_what_never_was_does_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.fixture(params=["working-directory", "mount-point"])
+def staying(request, tmp_path, monkeypatch):
+    """A directory that cannot be replaced by another one, with old files in it."""
+    path = tmp_path / "model"
+    (path / "sub").mkdir(parents=True)
+    write(path / "both", "old")
+    write(path / "sub" / "old", "")
+    if request.param == "working-directory":
+        monkeypatch.chdir(path)
+    else:
+        monkeypatch.setattr(os.path, "ismount", lambda other: Path(other) == path)
+    return path
+
+
+def test_atomic_directory_keeps_a_directory_that_must_stay(staying):
+    before = staying.stat().st_ino
+    with atomic_directory(staying) as temporary:
+        write(temporary / "both", "new")
+        (temporary / "inside").mkdir()
+    assert staying.stat().st_ino == before, "the working directory of a process would be a deleted one"
+    assert names(staying) == ["both", "inside"]
+    assert (staying / "both").read_text() == "new"
+    assert names(staying.parent) == ["model"]
+
+
+@pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_atomic_directory_puts_old_files_back_when_an_exchange_fails(staying, monkeypatch, error, failing):
+    replace, calls = os.replace, []
+
+    def fails(source, target):
+        calls.append(source)
+        if len(calls) == failing + 1:
+            if isinstance(error, KeyboardInterrupt):
+                replace(source, target)  # it comes after the move as well as before
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises((OutputError, KeyboardInterrupt)), atomic_directory(staying) as temporary:
+        write(temporary / "both", "new")
+        write(temporary / "new", "")
+    assert names(staying) == ["both", "sub"]
+    assert (staying / "both").read_text() == "old"
+    assert names(staying / "sub") == ["old"]
+
+
+def test_atomic_directory_does_not_delete_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "sub")
+    for path in (tmp_path / "model", ".."):
+        with pytest.raises(OutputError, match=r"the working directory, .*sub, is inside of it"), atomic_directory(path):
+            pass
+    assert names(tmp_path / "model") == ["sub"]
+
+
 @pytest.mark.parametrize("name", ["link", "."])
 def test_atomic_directory_writes_where_a_name_leads(tmp_path, monkeypatch, name):
     target = tmp_path / "target"

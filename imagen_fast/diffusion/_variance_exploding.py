@@ -14,6 +14,7 @@ from .coefficients import Row, empty_row
 from .schedules import (
     check_count,
     check_offset,
+    given_timesteps,
     karras_sigmas,
     relative_sigmas,
     spaced_timesteps,
@@ -55,18 +56,18 @@ def levels(
 def _timesteps(n: int, steps: int | str | Sequence[float], spacing: str, offset: int) -> np.ndarray:
     if isinstance(steps, str):
         return np.asarray(spaced_timesteps(n, steps), dtype=np.float64)
-    if not isinstance(steps, int | np.integer):
-        given = np.asarray(steps, dtype=np.float64)
+    listed = given_timesteps(steps)
+    if listed is not None:
+        given = np.asarray(listed, dtype=np.float64)
         falling = given.ndim == 1 and len(given) > 0 and (np.diff(given) < 0).all()
         if not falling or not 0 <= given[-1] <= given[0] <= n - 1:
-            raise ValueError(f"steps must fall strictly and lie in [0, {n - 1}], got {list(steps)}")
+            raise ValueError(f"steps must fall strictly and lie in [0, {n - 1}], got {listed}")
         return given
-    check_count(n, steps)
-    steps = int(steps)
+    steps = check_count(n, steps)
     if spacing == "linspace":
         return np.linspace(0, n - 1, steps)[::-1].copy()
     if spacing == "leading":
-        check_offset(n, steps, offset)
+        check_offset(n, (steps - 1) * (n // steps), offset)
         return np.arange(steps)[::-1] * float(n // steps) + offset
     if spacing == "trailing":
         return trailing_timesteps(n, steps)

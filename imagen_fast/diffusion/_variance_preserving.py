@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from .coefficients import Row, empty_row, epsilon_coefficients, log, x0_coefficients
-from .schedules import check_alphas_cumprod, karras_sigmas, relative_sigmas, spaced_timesteps
+from .schedules import (
+    check_alphas_cumprod,
+    check_count,
+    check_offset,
+    given_timesteps,
+    karras_sigmas,
+    relative_sigmas,
+    spaced_timesteps,
+)
 
 _SMALLEST_VARIANCE = 1e-20  # diffusers clamps here before taking the logarithm
 FEW_STEPS = 15  # below which diffusers' multistep solvers end in order 1
@@ -55,14 +63,16 @@ def visited(
 ) -> Levels:
     """The levels of a solver. A step goes to the next visited timestep or, strided, n // steps timesteps down."""
     check_alphas_cumprod(alphas_cumprod)
-    if not 0 <= final <= 1:
-        raise ValueError(f"final_alpha_cumprod must be between 0 and 1, got {final}")
+    if not 0 < final <= 1:
+        raise ValueError(f"final_alpha_cumprod must be above 0 and at most 1, got {final}")
     timesteps = spaced_timesteps(len(alphas_cumprod), steps, spacing, offset)
     values = alphas_cumprod.double().tolist()
     ends = [*timesteps[1:], -1]
     if strided and isinstance(steps, int | np.integer):
         ends = [t - len(values) // int(steps) for t in timesteps]
     alphas_next = [values[t] if t >= 0 else float(final) for t in ends]
+    if not all(alphas_next):
+        raise ValueError("alphas_cumprod must be above 0 but at the first timestep: no step ends in pure noise")
     return Levels(timesteps, [values[t] for t in timesteps], alphas_next, alphas_cumprod.dtype == torch.float32)
 
 
@@ -194,18 +204,14 @@ def multistep(
 
 def multistep_timesteps(n: int, steps: int | str | Sequence[int], spacing: str, offset: int) -> list[int]:
     """Those of diffusers' multistep solvers: but for "trailing" they leave timestep 0 to the last step's end."""
-    if not isinstance(steps, int | np.integer):
+    if isinstance(steps, str) or given_timesteps(steps) is not None:
         return spaced_timesteps(n, steps)
-    steps = int(steps)
     if spacing == "trailing":
         return spaced_timesteps(n, steps, spacing)
-    if not 1 <= steps < n:
-        raise ValueError(f"steps must be between 1 and {n - 1}, got {steps}")
+    steps = check_count(n - 1, steps)
     if spacing == "linspace":
         return [int(t) for t in np.linspace(0, n - 1, steps + 1).round()[::-1][:-1]]
     if spacing == "leading":
-        timesteps = [i * (n // (steps + 1)) + offset for i in range(steps, 0, -1)]
-        if offset < 0 or timesteps[0] >= n:
-            raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
-        return timesteps
+        check_offset(n, steps * (n // (steps + 1)), offset)
+        return [i * (n // (steps + 1)) + offset for i in range(steps, 0, -1)]
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")

@@ -6,6 +6,7 @@ is the same alone or in a batch, and on every device and backend.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +27,11 @@ class Noise:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        signed = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
-        self._seeds = torch.tensor(signed, dtype=torch.int64)
+        try:
+            signed = [(operator.index(seed) + 2**63) % 2**64 - 2**63 for seed in seeds]
+        except TypeError as error:
+            raise TypeError(f"seeds must be integers, got {seeds!r}") from error
+        self._seeds = torch.tensor(signed, dtype=torch.int64, device="cpu")
         self.device, self.dtype = torch.device(device), dtype
         self.seeds = self._seeds.to(device)
         """(samples,) int64 on the device: what `ops.sampler_step` draws its noise from."""

@@ -214,7 +214,7 @@ class _Progress:
             self.on_step()
             return
         event = torch.Event(self.device)
-        event.record()
+        event.record(torch.accelerator.current_stream(self.device))  # not that of the current device
         self.running.append(event)
         while self.running and self.running[0].query():
             self._report()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops._checks import is_integer, is_number, not_negative
 from .if_timesteps import IF_TIMESTEPS, TRAINED_TIMESTEPS
 
 
@@ -24,19 +25,21 @@ def squaredcos_cap_v2(n: int, max_beta: float = 0.999) -> Tensor:
 
     Args:
         n: number of training timesteps, at least 1.
-        max_beta: the cap on β.
+        max_beta: the cap on β, above 0 and at most 1.
 
     Returns:
         alphas_cumprod (n,) in float64.
 
     Raises:
-        ValueError: n is not positive.
+        ValueError: n is not positive, or max_beta out of range.
 
     Example:
         >>> squaredcos_cap_v2(1000).shape
         torch.Size([1000])
     """
     _check_positive(n)
+    if not 0 < max_beta <= 1:
+        raise ValueError(f"max_beta must be above 0 and at most 1, got {max_beta}")
 
     def alpha_bar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -73,12 +76,14 @@ def cosine(n: int, s: float = 0.008) -> Tensor:
         ValueError: n is not positive, or s is negative.
     """
     _check_positive(n)
+    not_negative("s", s)
     times = torch.arange(1, n + 1, dtype=torch.float64) / n
     return ((times + s) / (1 + s) * (math.pi / 2)).cos().square().clamp(min=1e-16)
 
 
 def cosine_start(s: float = 0.008) -> float:
-    """ᾱ(0) of `cosine`, where its last step ends."""
+    """ᾱ(0) of `cosine`, where its last step ends. Raises ValueError if s is negative."""
+    not_negative("s", s)
     return math.cos(s / (1 + s) * math.pi / 2) ** 2
 
 
@@ -106,7 +111,7 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
     They begin and end at exactly these; a single one is sigma_max.
 
     Returns:
-        (n,) in float64.
+        (n,) in float64 on the CPU, where tables of steps are made.
 
     Raises:
         ValueError: n or rho is not positive, or not 0 < sigma_min <= sigma_max < infinity.
@@ -116,7 +121,7 @@ def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho
         raise ValueError(f"need 0 < sigma_min <= sigma_max < infinity, got {sigma_min} and {sigma_max}")
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be positive and finite, got {rho}")
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
     sigmas[-1], sigmas[0] = sigma_min, sigma_max  # which the powers round
@@ -149,26 +154,28 @@ def spaced_timesteps(n: int, steps: int | str | Sequence[int], spacing: str = "l
         steps: how many to visit; or the timesteps themselves, strictly falling; or the name of one of DeepFloyd IF's
             lists, such as "fast27" or "super40" (`IF_TIMESTEPS`).
         spacing: "leading" (0, n/steps, 2n/steps, …), "trailing" (…, n − 1) or "linspace" (0 … n − 1), as in diffusers.
-        offset: added to every timestep of "leading".
+        offset: a whole number, added to every timestep of "leading".
 
     Raises:
+        TypeError: steps are none of these, or offset is no whole number.
         ValueError: steps outside [1, n], an unknown spacing or name, or timesteps (with the offset, or as given) that
             leave [0, n) or do not fall.
     """
     _check_positive(n)
     if isinstance(steps, str):
         steps = _named_timesteps(n, steps)
-    if not isinstance(steps, int | np.integer):
-        given = list(steps)
+    given = given_timesteps(steps)
+    if given is not None:
+        if not all(is_number(t) and float(t).is_integer() for t in given):
+            raise ValueError(f"steps must fall strictly, be whole numbers and lie in [0, {n}), got {given}")
         timesteps = [int(t) for t in given]
         falling = all(a > b for a, b in itertools.pairwise(timesteps))
-        if not timesteps or timesteps != given or not falling or timesteps[0] >= n or timesteps[-1] < 0:
+        if not timesteps or not falling or timesteps[0] >= n or timesteps[-1] < 0:
             raise ValueError(f"steps must fall strictly, be whole numbers and lie in [0, {n}), got {given}")
         return timesteps
-    check_count(n, steps)
-    steps = int(steps)
+    steps = check_count(n, steps)
     if spacing == "leading":
-        check_offset(n, steps, offset)
+        check_offset(n, (steps - 1) * (n // steps), offset)
         return [i * (n // steps) + offset for i in reversed(range(steps))]
     if spacing == "trailing":
         return [int(t) for t in trailing_timesteps(n, steps)]
@@ -177,15 +184,28 @@ def spaced_timesteps(n: int, steps: int | str | Sequence[int], spacing: str = "l
     raise ValueError(f"spacing must be 'leading', 'trailing' or 'linspace', got {spacing!r}")
 
 
-def check_count(n: int, steps: Any) -> None:
-    """Raise ValueError unless it is a number of timesteps of n."""
+def given_timesteps(steps: Any) -> list[Any] | None:
+    """The timesteps that `steps` holds, as Python's numbers; None if it is how many. TypeError if it is neither."""
+    if isinstance(steps, bool) or is_integer(steps):
+        return None
+    try:
+        return [t.item() if isinstance(t, Tensor) and t.ndim == 0 else t for t in steps]
+    except TypeError as error:
+        raise TypeError(f"steps must be how many, the timesteps, or a list's name, got {steps!r}") from error
+
+
+def check_count(n: int, steps: Any) -> int:
+    """The number of timesteps; raises ValueError unless there are as many among n."""
     if isinstance(steps, bool) or not 1 <= steps <= n:
         raise ValueError(f"steps must be between 1 and {n}, got {steps}")
+    return int(steps)
 
 
-def check_offset(n: int, steps: int, offset: int) -> None:
-    """Raise ValueError unless the timesteps of "leading" stay in [0, n) with the offset."""
-    if not 0 <= offset < n - (steps - 1) * (n // steps):
+def check_offset(n: int, largest: int, offset: int) -> None:
+    """Raise an error unless `offset` is an integer that keeps timesteps from 0 to `largest` in [0, n)."""
+    if not is_integer(offset):
+        raise TypeError(f"offset must be an integer, got {offset!r}")
+    if not 0 <= offset < n - largest:
         raise ValueError(f"offset must keep the timesteps in [0, {n}), got {offset}")
 
 

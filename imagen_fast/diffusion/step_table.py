@@ -53,7 +53,7 @@ class StepTable:
     timesteps: tuple[float, ...]
     learned_variance: bool = False
     initial_sigma: float = 1.0
-    _on: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _on: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rows.shape != (len(self.timesteps), len(COLUMNS)) or self.rows.dtype != torch.float64:
@@ -111,7 +111,7 @@ class StepTable:
 
     def told(self, device: torch.device) -> Tensor:
         """The timesteps (evaluations,) on a device; the same tensor at every call."""
-        return self._kept(("told", device), lambda: torch.tensor(self.timesteps, dtype=self.told_dtype).to(device))
+        return self._kept(("told", device), lambda: torch.tensor(self.timesteps, dtype=self.told_dtype, device=device))
 
     def input_scales(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """What the model's input is multiplied by, (evaluations,) on a device, the same tensor at every call; None if
@@ -148,7 +148,7 @@ class StepTable:
         if any(map(math.isnan, told)):
             raise ValueError(f"timesteps must be numbers, got {list(told)}")
         rows = self.rows.clone()
-        rows[:, COLUMNS.index("timestep")] = torch.tensor(told, dtype=torch.float64)
+        rows[:, COLUMNS.index("timestep")] = torch.tensor(told, dtype=torch.float64, device="cpu")
         return StepTable(rows, told, self.learned_variance, self.initial_sigma)
 
     @classmethod
@@ -360,6 +360,7 @@ class StepTable:
     @classmethod
     def of_rows(cls, rows: Sequence[Row], learned_variance: bool = False, initial_sigma: float = 1.0) -> StepTable:
         """The table of rows that have every column of `COLUMNS` by name; for solvers that have no builder here."""
-        stacked = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
+        values = [[row[column] for column in COLUMNS] for row in rows]
+        stacked = torch.tensor(values, dtype=torch.float64, device="cpu")
         timesteps = tuple(int(t) if float(t).is_integer() else float(t) for t in (row["timestep"] for row in rows))
         return cls(stacked.reshape(-1, len(COLUMNS)), timesteps, learned_variance, float(initial_sigma))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..diffusion.schedules import linear_betas, squaredcos_cap_v2
 from ..diffusion.step_table import StepTable
-from ..ops._checks import is_integer, is_number
+from ..ops._checks import integer, is_integer, is_number, number, one_of
 from ..reference.guidance import DynamicThreshold
 from .efficient_unet import EfficientUNet, EfficientUNetConfig
 from .t5 import T5Config
@@ -22,7 +22,15 @@ SOLVERS: dict[str, Callable[..., StepTable]] = {
     "ddim": StepTable.ddim,
     "dpm": StepTable.dpm_solver_pp,  # 2M
 }
-THRESHOLDS = ("none", "static", "dynamic")
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"squaredcos_cap_v2": squaredcos_cap_v2, "linear": linear_betas}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "prediction": ("epsilon", "v", "x0"),
+    "schedule": tuple(SCHEDULES),
+    "solver": tuple(SOLVERS),
+    "spacing": ("leading", "trailing", "linspace"),
+    "threshold": ("none", "static", "dynamic"),
+}
+CHANNELS = 3  # of a picture
 
 
 def default_solver(steps: int) -> str:
@@ -44,6 +52,10 @@ class StageConfig:
         threshold: "none", "static" (clip to ±1) or "dynamic", with threshold_percentile and threshold_max as in
             `DynamicThreshold`.
         augmentation: noise-conditioning augmentation in sampling, as a share of the schedule.
+
+    Raises:
+        TypeError: a field is of another kind.
+        ValueError: a field is out of range, or does not fit the others.
     """
 
     name: str
@@ -65,20 +77,33 @@ class StageConfig:
     def __post_init__(self) -> None:
         if (self.unet is None) == (self.efficient_unet is None):
             raise ValueError(f"stage {self.name!r} needs either unet or efficient_unet")
-        if not self.name.isidentifier():
+        kinds = (("unet", self.unet, UNetConfig), ("efficient_unet", self.efficient_unet, EfficientUNetConfig))
+        for field, value, kind in kinds:
+            if not isinstance(value, kind | None):
+                raise TypeError(f"{field} must be a {kind.__name__} or None, got {type(value).__name__}")
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(f"name must be a word of letters, digits and underscores, got {self.name!r}")
         if hasattr(nn.ModuleDict(), self.name):  # which the cascade holds its U-Nets in
             raise ValueError(f"name must not be one that torch.nn.ModuleDict uses itself, got name {self.name!r}")
+        for field, known in CHOICES.items():
+            one_of(field, getattr(self, field), known)
+        for field in ("size", "train_timesteps", "steps"):
+            object.__setattr__(self, field, integer(field, getattr(self, field), 1))
+        for field in ("guidance", "augmentation"):
+            object.__setattr__(self, field, number(field, getattr(self, field)))
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
         if not 0 <= self.augmentation < 1:
             raise ValueError(f"augmentation must be at least 0 and below 1, got {self.augmentation}")
-        if not 1 <= self.steps <= self.train_timesteps:
+        if self.steps > self.train_timesteps:
             raise ValueError(f"steps must be between 1 and train_timesteps {self.train_timesteps}, got {self.steps}")
-        _ = self.thresholding  # its own checks
+        DynamicThreshold(self.threshold_percentile, max_value=self.threshold_max)  # its own checks
+        check_pictures(self.unet or self.efficient_unet, self.size, CHANNELS)  # type: ignore[arg-type]
 
     @property
     def channels(self) -> int:
         """Of the sampled picture."""
-        return 3
+        return CHANNELS
 
     @property
     def text_dim(self) -> int | None:
@@ -95,8 +120,7 @@ class StageConfig:
 
     def alphas_cumprod(self) -> Tensor:
         """The stage's noise schedule."""
-        schedule = squaredcos_cap_v2 if self.schedule == "squaredcos_cap_v2" else linear_betas
-        return schedule(self.train_timesteps)
+        return SCHEDULES[self.schedule](self.train_timesteps)
 
     def build(self) -> nn.Module:
         """Its U-Net with random weights."""
@@ -123,6 +147,10 @@ class ImagenConfig:
     max_text_length: int = 128
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, tuple | list) or not all(isinstance(one, StageConfig) for one in self.stages):
+            raise TypeError(f"stages must be a tuple of StageConfigs, got {self.stages!r}")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "max_text_length", integer("max_text_length", self.max_text_length, 1))
         if not self.stages:
             raise ValueError("a cascade needs at least one stage")
         for i, stage in enumerate(self.stages):
@@ -207,10 +235,27 @@ def check_interval(interval: tuple[float, float] | None) -> tuple[float, float] 
     """A guidance interval as `Imagen.sample` takes it."""
     if interval is None:
         return None
-    low, high = (float(end) for end in interval)
+    ends = list(interval) if isinstance(interval, Iterable) else []
+    if len(ends) != 2 or not all(map(is_number, ends)):
+        raise TypeError(f"guidance_interval must be two noise levels or None, got {interval!r}")
+    low, high = map(float, ends)
     if not 0 <= low <= high:
         raise ValueError(f"guidance_interval must be two noise levels, 0 <= low <= high, got {interval}")
     return low, high
+
+
+def check_pictures(config: UNetConfig | EfficientUNetConfig, size: int, channels: int, name: str = "size") -> None:
+    """Raise ValueError unless a U-Net of this configuration takes and gives pictures of size²."""
+    levels = len(config.multipliers)
+    larger = isinstance(config, EfficientUNetConfig)
+    factor = 2**levels if larger else 2 ** (levels - 1)
+    if size % factor:
+        raise ValueError(f"{name} must be divisible by {factor}, as its U-Net of {levels} levels needs, got {size}")
+    needed = 2 * channels if larger else channels
+    if config.in_channels != needed:
+        raise ValueError(f"its U-Net's in_channels must be {needed}, got {config.in_channels}")
+    if config.out_channels < channels:
+        raise ValueError(f"its U-Net's out_channels must be at least {channels}, got {config.out_channels}")
 
 
 def _per_stage(value, name: str, index: int, count: int):

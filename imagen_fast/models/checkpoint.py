@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from ..config import read_json
 from ..errors import CheckpointError, OutputError
 
 FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Values = Mapping[str, Any]  # of a config.json
 
 
 class Stored(NamedTuple):
@@ -100,16 +102,41 @@ def refuse_unexpected(names: Iterable[str], expected: Container[str], directory:
         raise CheckpointError(f"{directory} holds a tensor {unexpected[0]!r} for which its config.json has no place")
 
 
-def refuse_to_replace_others(directory: Path, written: Sequence[str], what: str) -> None:
-    """Raise `OutputError` if `directory` holds a file that matches none of the patterns: replacing it would lose that.
+def patterns_of(stem: str) -> tuple[str, ...]:
+    """Patterns of the files that `write` makes for `stem`, and no other model's or variant's."""
+    return f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{stem}.safetensors.index.json"
+
+
+def refuse_to_replace_others(
+    directory: Path, what: str, written: Callable[[Values], Sequence[str]], kept: Sequence[str] = ()
+) -> None:
+    """Raise `OutputError` if `directory` holds a file that is no part of `what`: replacing it would lose that.
+
+    Other models have files of the same names, so it is the config.json there that says whose they are.
 
     Args:
         directory: may be missing.
-        written: patterns of the files that belong to `what`.
+        what: what is about to be written.
+        written: from a config.json to patterns of the files that belong with it; to none if it is something else's.
+        kept: names of files that replacing the directory does not lose.
     """
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if not any(path.match(pattern) for pattern in written):
+    held = [path for path in sorted(directory.iterdir()) if path.name not in kept] if directory.is_dir() else []
+    if not held:
+        return
+    try:
+        patterns = written(read_json(directory / "config.json"))
+    except CheckpointError:  # there is none, or none that says anything
+        patterns = ()
+    for path in held:
+        if not any(path.match(pattern) for pattern in patterns):
             raise OutputError(f"cannot write {directory}: it holds {path.name}, which is no part of {what}")
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `TypeError` unless it is None or a dtype that weights are stored in and computed with."""
+    if dtype is not None and dtype not in FLOATING.values():
+        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATING.values())
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}; of these weights have one of {names}")
 
 
 def read(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:

@@ -97,6 +97,8 @@ class EfficientUNet(nn.Module):
             text, text_mask: as for the base U-Net.
             augmentation: (B,), the timestep up to which noise was added to the low-resolution picture.
         """
+        if augmentation.shape != x.shape[:1]:
+            raise ValueError(f"augmentation must be ({x.shape[0]},), got {tuple(augmentation.shape)}")
         embedding, condition = embed_inputs(self, x, timestep, text, text_mask)
         embedding = embedding + self.augmentation(augmentation)
         h = stem = self.conv_in(x)

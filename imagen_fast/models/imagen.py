@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +26,14 @@ from . import checkpoint
 from .cascade_config import ImagenConfig, StageConfig, StagePlan, check_interval
 from .guided import GuidedUNet
 from .t5 import T5Encoder
-from .t5.checkpoint import WRITTEN as TEXT_ENCODER_WRITTEN
+from .t5.checkpoint import refuse_to_replace_others as refuse_to_replace_other_text_encoders
+from .t5.tokenizer import check_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1  # of the directory that save_pretrained writes
 CARD = "README.md"  # of the model, written by hand
-WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", "text_encoder", CARD)
 
 
 class Imagen(nn.Module):
@@ -72,13 +72,15 @@ class Imagen(nn.Module):
 
         Args:
             directory: its path, or the name of a cascade that ships with the package: "emoji", which stands for that
-                cascade even where a directory has the same name (that one is "./emoji").
+                cascade even where a directory has the same name (that one is "./emoji", or a `Path`).
             dtype: of the weights; None leaves them as they are stored.
             device: where they go; the CPU if None.
 
         Raises:
             CheckpointError: a file or tensor is missing or does not fit; the message names it.
+            TypeError: dtype is not float64, float32, float16 or bfloat16.
         """
+        checkpoint.check_dtype(dtype)
         path = _find(directory)
         values = read_json(path / "config.json")
         if values.pop("format", None) != FORMAT:
@@ -118,10 +120,12 @@ class Imagen(nn.Module):
 
         Raises:
             OutputError: it cannot be written, or holds something else.
+            TypeError: dtype is not float64, float32, float16 or bfloat16.
         """
         directory = Path(directory)
-        checkpoint.refuse_to_replace_others(directory, WRITTEN, "a cascade")
-        checkpoint.refuse_to_replace_others(directory / "text_encoder", TEXT_ENCODER_WRITTEN, "a T5 checkpoint")
+        checkpoint.check_dtype(dtype)
+        checkpoint.refuse_to_replace_others(directory, "a cascade", _written, kept=(CARD,))
+        refuse_to_replace_other_text_encoders(directory / "text_encoder")
         with atomic_directory(directory) as folder:
             if (directory / CARD).is_file():
                 shutil.copyfile(directory / CARD, folder / CARD)
@@ -169,10 +173,12 @@ class Imagen(nn.Module):
             until: name of the stage to stop after; None runs them all.
 
         Raises:
-            TypeError: prompts are not strings, or seed, steps or guidance no numbers.
+            TypeError: prompts are not strings, or seed, steps, guidance or guidance_interval no numbers.
             ValueError: an argument is out of range, or there is not one value per stage or per prompt.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping):
+            prompts = list(prompts)
+        prompts = check_prompts(prompts)
         plans = self.config.plan(steps=steps, guidance=guidance, solver=solver, threshold=threshold, until=until)
         interval = check_interval(guidance_interval)
         seeds = self._seeds(seed, len(prompts))
@@ -237,7 +243,10 @@ class Imagen(nn.Module):
             return [int(seed) + b for b in range(count)]  # type: ignore[arg-type]
         if isinstance(seed, str) or not isinstance(seed, Iterable):
             raise TypeError(f"seed must be an integer, or one per prompt, got {seed!r}")
-        seeds = list(seed)
+        try:
+            seeds = list(seed)
+        except TypeError as error:  # a tensor without dimensions
+            raise TypeError(f"seed must be an integer, or one per prompt, got {seed!r}") from error
         if len(seeds) != count:
             raise ValueError(f"seed must be one number, or one per prompt: {count}, got {len(seeds)}")
         if not all(map(is_integer, seeds)):
@@ -257,14 +266,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _written(values: checkpoint.Values) -> tuple[str, ...]:
+    """Patterns of the files of the cascade whose config.json this is; none if it is something else's."""
+    stages = values.get("stages")
+    if values.get("format") != FORMAT or not isinstance(stages, list):
+        return ()
+    names = [str(stage.get("name")) for stage in stages if isinstance(stage, dict)]
+    weights = [pattern for name in names if name.isidentifier() for pattern in checkpoint.patterns_of(name)]
+    return ("config.json", "text_encoder", *weights)
+
+
 def _find(directory: str | os.PathLike[str]) -> Path:
     """The path of a cascade, or of one that ships with the package."""
     shipped = Path(str(resources.files(__package__) / "weights"))
     names = sorted(p.name for p in shipped.iterdir() if (p / "config.json").is_file()) if shipped.is_dir() else []
-    if os.fspath(directory) in names:
+    if isinstance(directory, str) and directory in names:  # a Path drops the "./" that tells a directory from a name
         return shipped / directory
     if os.fspath(directory) and Path(directory).is_dir():
         return Path(directory)
+    if not isinstance(directory, str):
+        raise CheckpointError(f"no cascade {os.fspath(directory)!r}: not a directory")
     known = f"not one of {', '.join(names)}" if names else "no cascade ships with this installation"
     raise CheckpointError(f"no cascade {os.fspath(directory)!r}: not a directory, and {known}")
 

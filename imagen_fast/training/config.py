@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from ..config import from_dict
 from ..errors import ConfigError
+from ..models.cascade_config import CHANNELS, check_pictures
 from ..models.efficient_unet import EfficientUNetConfig
 from ..models.t5 import ByteTokenizer, T5Config
 from ..models.unet import UNetConfig
@@ -19,6 +21,13 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_POSITIVE = (
+    *("size", "low_resolution", "steps", "batch_size", "log_every", "sample_every", "checkpoint_every"),
+    *("train_timesteps", "max_text_length", "threads"),
+)
+_SEEDS = 2**43  # a million times as many are seeds of batches, in 64 bits
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class TrainConfig:
         precision: "bf16" is autocast with fp32 weights.
         log_every, sample_every, checkpoint_every: in steps.
         sample_prompts: what the sample grid shows.
-        seed: of the first weights and of every batch.
+        seed: of the first weights and of every batch; from -2^43 to 2^43 - 1.
         device: "auto" is a GPU if there is one. A batch is drawn on the CPU, so it is the same on every device.
         threads: of the CPU; None leaves PyTorch's number.
     """
@@ -85,12 +94,16 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("size", "steps", "batch_size", "log_every", "sample_every", "checkpoint_every", "train_timesteps")
-        for name in positive:
-            if getattr(self, name) < 1:
+        for name in _POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip must be above 0, got {self.gradient_clip}")
+        if not -_SEEDS <= self.seed < _SEEDS:
+            raise ValueError(f"seed must be from -2^43 to 2^43 - 1, got {self.seed}")
         for name in ("ema_decay", "text_dropout", "max_augmentation"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -102,6 +115,8 @@ class TrainConfig:
             raise ValueError("stage 'base' needs the tables [unet] and [text_encoder]")
         if self.stage == "base" and self.unet.text_dim != self.text_encoder.d_model:  # type: ignore[union-attr]
             raise ValueError("unet.text_dim must be text_encoder.d_model")
+        if self.stage == "base":
+            self._check_pictures("unet", "size")
         if not self.train_text_encoder and not self.initialize_from:
             raise ValueError("train_text_encoder = false needs initialize_from: a run that trained the text encoder")
         if self.stage == "super_resolution":
@@ -113,6 +128,15 @@ class TrainConfig:
                 raise ValueError(f"low_resolution {self.low_resolution} must divide size {self.size}")
             if self.crop is not None and not 0 < self.crop <= self.size:
                 raise ValueError(f"crop must be between 1 and size {self.size}, got {self.crop}")
+            for name in ("size", "crop"):
+                self._check_pictures("efficient_unet", name)
+
+    def _check_pictures(self, unet: str, name: str) -> None:
+        """Raise ValueError unless the U-Net takes pictures whose side the field `name` says, and gives such."""
+        config = getattr(self, unet)
+        check_pictures(config, getattr(self, name) or self.size, CHANNELS, name)
+        if config.out_channels != CHANNELS:
+            raise ValueError(f"{unet}.out_channels must be {CHANNELS} in training, got {config.out_channels}")
 
     @classmethod
     def load(cls, name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -128,7 +152,10 @@ class TrainConfig:
         shipped = resources.files(__package__) / "configs"
         path = Path(name_or_path)
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{name_or_path} is not valid TOML: it is no text in UTF-8") from error
         elif (shipped / f"{name_or_path}.toml").is_file():
             text = (shipped / f"{name_or_path}.toml").read_text(encoding="utf-8")
         else:

@@ -54,6 +54,8 @@ class Stage(ABC):
 
 def _device(name: str) -> torch.device:
     """The device of that name, on which a tensor could be made; raises ConfigError if none could."""
+    if name.partition(":")[0] == "meta":
+        raise ConfigError(f"device {name!r} cannot be used: its tensors hold no data")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,13 +106,13 @@ class TrainingRun:
     def fit(self, directory: Path, *, progress: bool) -> None:
         """Train from the current step to the last; checkpoints, the log and sample grids go to `directory`."""
         config = self.config
-        recent: list[float] = []
+        recent: deque[float] = deque(maxlen=config.log_every)
         bar = tqdm(total=config.steps, initial=self.step, disable=not progress, desc=config.stage, unit="step")
         with bar, _LossLog(directory / LOSSES, self.step) as log:
             while self.step < config.steps:
                 loss = self.train_step()
                 log.write(self.step, loss)
-                recent = [*recent[-(config.log_every - 1) :], loss]
+                recent.append(loss)
                 bar.update()
                 if self.step % config.log_every == 0:
                     bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
@@ -157,9 +158,10 @@ class TrainingRun:
         for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
             tensors[f"weight.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = average
-            if parameter.requires_grad:
-                tensors[f"first_moment.{name}"] = self.optimizer.state[parameter]["exp_avg"]
-                tensors[f"second_moment.{name}"] = self.optimizer.state[parameter]["exp_avg_sq"]
+            moments = self.optimizer.state.get(parameter)  # none of what is frozen, or reaches no loss
+            if moments:
+                tensors[f"first_moment.{name}"] = moments["exp_avg"]
+                tensors[f"second_moment.{name}"] = moments["exp_avg_sq"]
         state = {"step": self.step, "config": to_dict(self.config), "dataset": self.stage.dataset.fingerprint()}
         with atomic_directory(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / TENSORS)
@@ -180,7 +182,7 @@ class TrainingRun:
             for name, parameter, average in zip(self.names, self.parameters, self.average, strict=True):
                 file.copy(f"weight.{name}", parameter)
                 file.copy(f"average.{name}", average)
-                if parameter.requires_grad:
+                if parameter.requires_grad and f"first_moment.{name}" in file.names:
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(float(step), device=parameter.device),
                         "exp_avg": file.copy(f"first_moment.{name}", torch.empty_like(parameter)),

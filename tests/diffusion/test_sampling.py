@@ -79,7 +79,8 @@ class LateEvent:
     def __init__(self, device):
         self.number = None
 
-    def record(self):
+    def record(self, stream):
+        assert stream == "the stream of cuda:1", "without one it is the current device's"
         self.number = LateEvent.recorded
         LateEvent.recorded += 1
 
@@ -92,8 +93,9 @@ class LateEvent:
 
 def test_progress_shows_what_the_device_has_finished(monkeypatch):
     monkeypatch.setattr(torch, "Event", LateEvent)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"the stream of {device}")
     done = []
-    progress = _Progress(lambda: done.append(len(done)), torch.device("cuda"))
+    progress = _Progress(lambda: done.append(len(done)), torch.device("cuda:1"))
     seen = []
     for _ in range(10):
         progress.queued()
@@ -103,6 +105,18 @@ def test_progress_shows_what_the_device_has_finished(monkeypatch):
     progress.finish()
     assert len(done) == 10
     assert LateEvent.waited == 3
+
+
+@pytest.mark.parametrize("seeds", [[1.5], "12", 3, torch.tensor([1.5])], ids=str)
+def test_seeds_are_integers(seeds):
+    with pytest.raises(TypeError, match="seeds must be integers"):
+        Noise(seeds)
+
+
+def test_noise_is_drawn_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        noise = Noise([1, 2])
+    torch.testing.assert_close(noise(*SHAPE), Noise([1, 2])(*SHAPE), rtol=0, atol=0)
 
 
 def test_on_the_cpu_progress_is_at_once():

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from imagen_fast.diffusion import IF_TIMESTEPS, karras_sigmas, linear_betas, spaced_timesteps, squaredcos_cap_v2
+from imagen_fast.diffusion import (
+    IF_TIMESTEPS,
+    cosine,
+    cosine_start,
+    karras_sigmas,
+    linear_betas,
+    spaced_timesteps,
+    squaredcos_cap_v2,
+)
 
 
 @pytest.mark.parametrize("schedule", [squaredcos_cap_v2, linear_betas])
@@ -109,6 +117,19 @@ def test_karras_sigmas_begin_and_end_exactly(n):
     assert sigmas[0] == 157.4
     assert n == 1 or sigmas[-1] == 0.010001
     assert sigmas == sorted(sigmas, reverse=True)
+
+
+@pytest.mark.parametrize("s", [-0.1, -1, math.nan])
+def test_cosine_rejects_an_offset(s):
+    for call in (lambda: cosine(10, s), lambda: cosine_start(s)):
+        with pytest.raises(ValueError, match="s must be finite and not negative"):
+            call()
+
+
+@pytest.mark.parametrize("max_beta", [-1.0, 0.0, 2.0, math.nan])
+def test_squaredcos_rejects_a_cap(max_beta):
+    with pytest.raises(ValueError, match="max_beta must be above 0 and at most 1"):
+        squaredcos_cap_v2(10, max_beta)
 
 
 def test_linear_betas_reject_bad_ends():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from imagen_fast.diffusion._variance_preserving import multistep
 from imagen_fast.reference.sampler_step import sampler_step
 
 ALPHAS = squaredcos_cap_v2(1000)
+TWO_ZEROS = torch.tensor([0.9, 0.5, 0.0, 0.0])
 TO_PURE_NOISE = torch.tensor([0.9, 0.5, 0.1, 0.0])
 PREDICTIONS = ("epsilon", "v", "x0")
 
@@ -173,6 +175,23 @@ def test_timesteps_can_be_told_in_other_numbers():
     assert [table.row(i)["timestep"] for i in range(2)] == [0.25, -1]
 
 
+def test_a_replaced_table_tells_its_own_timesteps():
+    table = StepTable.ddim(ALPHAS, steps=2)
+    table.told(torch.device("cpu"))
+    replaced = dataclasses.replace(table, timesteps=(7, 6))
+    assert replaced.told(torch.device("cpu")).tolist() == [7, 6]
+
+
+@pytest.mark.parametrize("build", [StepTable.ddim, StepTable.euler, StepTable.dpm_solver_pp])
+def test_tables_are_made_on_the_cpu_whatever_the_default_device(build):
+    options = {"steps": 3} if build == StepTable.ddim else {"steps": 3, "karras": True}
+    with torch.device("meta"):
+        table = build(ALPHAS, **options)
+        told = table.with_timesteps([3, 2, 1]).told(torch.device("cpu"))
+    assert torch.equal(table.rows, build(ALPHAS, **options).rows)
+    assert told.tolist() == [3, 2, 1]
+
+
 def test_uses_and_length():
     ddim, ddpm = StepTable.ddim(ALPHAS, steps=5), StepTable.ddpm(ALPHAS, steps=5)
     assert len(ddim) == len(ddpm) == 5
@@ -204,6 +223,23 @@ def test_uses_and_length():
         (lambda: StepTable.ddim(ALPHAS, steps=True), ValueError, "steps"),
         (lambda: StepTable.ddim(ALPHAS, steps=5, final_alpha_cumprod=2.0), ValueError, "final_alpha_cumprod"),
         (lambda: StepTable.ddpm(ALPHAS, steps=5, final_alpha_cumprod=-1.0), ValueError, "final_alpha_cumprod"),
+        (lambda: StepTable.ddim(ALPHAS, steps=5, final_alpha_cumprod=0.0), ValueError, "final_alpha_cumprod"),
+        (lambda: StepTable.ddpm(TWO_ZEROS, steps=4, prediction="v"), ValueError, "alphas_cumprod must be above 0"),
+        (lambda: StepTable.dpm_solver_pp(ALPHAS, steps=True), ValueError, "steps"),
+        *(
+            (lambda build=build, steps=steps: build(ALPHAS, steps=steps), TypeError, "steps must be how many")
+            for build in (StepTable.ddpm, StepTable.ddim, StepTable.dpm_solver_pp, StepTable.euler, StepTable.heun)
+            for steps in (5.0, None, torch.tensor(5))
+        ),
+        *(
+            (
+                lambda build=build, offset=offset: build(ALPHAS, steps=5, spacing="leading", offset=offset),
+                TypeError,
+                "offset must be an integer",
+            )
+            for build in (StepTable.ddpm, StepTable.ddim, StepTable.dpm_solver_pp, StepTable.euler, StepTable.heun)
+            for offset in (0.5, NAN)
+        ),
         (lambda: StepTable.euler(ALPHAS, steps=2, spacing="leading", offset=501), ValueError, "offset"),
         (lambda: StepTable.heun(ALPHAS, steps=2, spacing="leading", offset=-1), ValueError, "offset"),
         (lambda: StepTable.euler(ALPHAS, steps=[NAN]), ValueError, "steps"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import imagen_fast
 from imagen_fast.diffusion import DynamicThreshold, Noise
 from imagen_fast.errors import CheckpointError, OutputError
-from imagen_fast.models import Imagen, ImagenConfig, T5Config, T5Encoder
+from imagen_fast.models import EfficientUNetConfig, Imagen, ImagenConfig, T5Config, T5Encoder
 
 
 def sample(model, prompts, **kwargs) -> np.ndarray:
@@ -146,6 +147,13 @@ def test_a_prompt_too_long_is_cut_with_a_warning(imagen):
         ({"guidance": [1.0, float("inf")]}, ValueError, "guidance"),
         ({"solver": "euler"}, ValueError, "solver"),
         ({"threshold": "dynamic"}, ValueError, "threshold"),
+        ({"prompts": 5}, TypeError, "prompts must be a string or a list of strings, got int"),
+        ({"prompts": None}, TypeError, "prompts"),
+        ({"prompts": {"a cat": 1}}, TypeError, "prompts"),
+        ({"guidance_interval": 5}, TypeError, "guidance_interval"),
+        ({"guidance_interval": (1,)}, TypeError, "guidance_interval"),
+        ({"guidance_interval": "ab"}, TypeError, "guidance_interval"),
+        ({"seed": torch.tensor(3)}, TypeError, "seed must be an integer"),
         ({"guidance_interval": (2.0, 1.0)}, ValueError, "guidance_interval"),
         ({"guidance_interval": (-1.0, 1.0)}, ValueError, "guidance_interval"),
         ({"until": "top"}, ValueError, "until"),
@@ -229,6 +237,9 @@ def _other_text_encoder(path):
         (_edit_config(lambda c: c.update(format=9)), "format"),
         (_edit_config(lambda c: c["stages"][0]["unet"].update(channels="many")), "channels"),
         (_edit_config(lambda c: c["stages"][0].update(steps=0)), "steps"),
+        (_edit_config(lambda c: c["stages"][0].update(size=9)), r"config\.json.* size"),
+        (_edit_config(lambda c: c["stages"][0].update(guidance=float("nan"))), r"config\.json.* guidance"),
+        (_edit_config(lambda c: c.update(max_text_length=0)), r"config\.json.* max_text_length"),
         (_edit_config(lambda c: c["stages"][0]["unet"].update(dropout=1.5)), r"config\.json.* dropout"),
         (_edit_config(lambda c: c["stages"][0]["unet"].update(out_channels=-3)), r"config\.json.* out_channels"),
         (_edit_config(lambda c: c["stages"][0]["unet"].update(channels=2**45)), r"config\.json: stage 'base'"),
@@ -247,6 +258,9 @@ def _other_text_encoder(path):
         "format",
         "type",
         "range",
+        "stage-size",
+        "guidance",
+        "text-length",
         "dropout",
         "channels",
         "size",
@@ -268,6 +282,8 @@ def test_damaged_checkpoints_are_named(imagen, tmp_path, damage, message):
 def test_no_such_cascade_names_the_shipped_ones():
     with pytest.raises(CheckpointError, match="emoji"):
         Imagen.from_pretrained("no-such-cascade")
+    with pytest.raises(CheckpointError, match=r"no cascade 'no-such-cascade': not a directory$"):
+        Imagen.from_pretrained(Path("no-such-cascade"))  # no name, but a path
 
 
 def test_a_shipped_name_is_not_shadowed_by_a_directory(imagen, tmp_path, monkeypatch):
@@ -276,7 +292,7 @@ def test_a_shipped_name_is_not_shadowed_by_a_directory(imagen, tmp_path, monkeyp
     monkeypatch.setattr("imagen_fast.models.imagen.resources.files", lambda _: tmp_path / "package")
     monkeypatch.chdir(tmp_path)
     assert Imagen.from_pretrained("emoji").config == imagen.config
-    for other in ("./emoji", tmp_path / "emoji"):
+    for other in ("./emoji", Path("./emoji"), tmp_path / "emoji"):
         with pytest.raises(CheckpointError, match=r"config\.json"):
             Imagen.from_pretrained(other)
 
@@ -286,6 +302,55 @@ def test_saving_never_replaces_something_else(imagen, tmp_path):
     with pytest.raises(OutputError, match=r"notes\.txt"):
         imagen.save_pretrained(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "config", [None, {"_class_name": "UNet2DConditionModel"}, {"format": 1}, {"format": 9, "stages": []}], ids=str
+)
+def test_saving_never_replaces_another_model(imagen, tmp_path, config):
+    held = {"base.safetensors", *(["config.json"] if config else [])}
+    (tmp_path / "base.safetensors").write_text("its weights")
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OutputError, match="which is no part of a cascade"):
+        imagen.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == held
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "super_64.safetensors", "base.fp16.safetensors"])
+def test_saving_replaces_the_stages_of_the_old_cascade_alone(imagen, tmp_path, name):
+    imagen.save_pretrained(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"it holds {name}, which is no part of a cascade"):
+        imagen.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    only_base = Imagen(ImagenConfig(imagen.config.stages[:1], 24), imagen.text_encoder)
+    only_base.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "base.safetensors", "text_encoder"}
+
+
+def test_saving_never_replaces_another_text_encoder(imagen, tmp_path):
+    imagen.save_pretrained(tmp_path)
+    (tmp_path / "text_encoder" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(OutputError, match="which is no part of a T5 checkpoint"):
+        imagen.save_pretrained(tmp_path)
+
+
+def test_a_model_card_may_be_there_first(imagen, tmp_path):
+    (tmp_path / "README.md").write_text("the card")
+    imagen.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "the card"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, "float32"], ids=str)
+def test_weights_have_no_dtype_that_could_not_be_loaded(imagen, tmp_path, dtype):
+    imagen.save_pretrained(tmp_path)
+    before = (tmp_path / "base.safetensors").read_bytes()
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point dtype, got {dtype}"):
+        imagen.save_pretrained(tmp_path, dtype)
+    assert (tmp_path / "base.safetensors").read_bytes() == before
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point dtype, got {dtype}"):
+        Imagen.from_pretrained(tmp_path, dtype)
 
 
 def test_saving_again_keeps_the_model_card_and_what_is_not_its_own(imagen, tmp_path):
@@ -316,6 +381,65 @@ def test_a_tokenizer_that_cannot_be_read_is_saved_with_the_cascade(imagen, tmp_p
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # makes its import fail
     Imagen.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
     assert vocabulary.read_bytes() == b"its bytes"
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "error"),
+    [
+        (0, {"schedule": "cosine"}, ValueError),
+        (0, {"schedule": None}, ValueError),
+        (0, {"prediction": "velocity"}, ValueError),
+        (0, {"solver": "euler"}, ValueError),
+        (0, {"spacing": "even"}, ValueError),
+        (0, {"threshold": "Static"}, ValueError),
+        (0, {"threshold": None}, ValueError),
+        (0, {"threshold": "static", "threshold_percentile": float("nan")}, ValueError),
+        (0, {"size": 0}, ValueError),
+        (0, {"size": -8}, ValueError),
+        (0, {"size": 9}, ValueError),
+        (1, {"size": 18}, ValueError),
+        (0, {"size": 8.0}, TypeError),
+        (0, {"size": "8"}, TypeError),
+        (0, {"train_timesteps": 1000.5}, TypeError),
+        (0, {"steps": 2.5}, TypeError),
+        (0, {"steps": True}, TypeError),
+        (0, {"guidance": float("nan")}, ValueError),
+        (0, {"guidance": "7"}, TypeError),
+        (0, {"unet": EfficientUNetConfig()}, TypeError),
+        (0, {"unet": {"channels": 16}}, TypeError),
+        (0, {"in_channels": 4}, ValueError),
+        (0, {"out_channels": 2}, ValueError),
+        (1, {"in_channels": 3}, ValueError),
+    ],
+    ids=str,
+)
+def test_stage_config_rejects(imagen, stage, changes, error):
+    config = imagen.config.stages[stage]
+    (field,) = [name for name in changes if name != "threshold" or len(changes) == 1]
+    if field in ("in_channels", "out_channels"):
+        kind = "efficient_unet" if stage else "unet"
+        changes = {kind: dataclasses.replace(getattr(config, kind), **changes)}
+    with pytest.raises(error, match=field.removeprefix("threshold_")):
+        dataclasses.replace(config, **changes)
+
+
+def test_stage_config_takes_numbers_of_numpy_and_learned_variances(imagen):
+    stage = imagen.config.stages[0]
+    changed = dataclasses.replace(stage, size=np.int64(16), steps=np.int32(2), guidance=np.float32(2))
+    json.dumps(dataclasses.asdict(changed))  # as save_pretrained does
+    dataclasses.replace(stage, unet=dataclasses.replace(stage.unet, out_channels=6))
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5])
+def test_cascade_config_rejects_a_text_length(imagen, length):
+    with pytest.raises((TypeError, ValueError), match="max_text_length"):
+        ImagenConfig(imagen.config.stages, length)
+
+
+@pytest.mark.parametrize("augmentation", [torch.tensor(3), torch.tensor([3])])
+def test_augmentation_is_one_number_a_picture(imagen, augmentation):
+    with pytest.raises(ValueError, match=r"augmentation must be \(2,\)"):
+        imagen.unets["super_16"](torch.zeros(2, 6, 16, 16), torch.tensor([1, 2]), augmentation=augmentation)
 
 
 @pytest.mark.parametrize("stages", [(), "swapped", "doubled"])

@@ -272,9 +272,13 @@ def test_an_index_that_is_wrong(sharded):
         T5Encoder.from_pretrained(sharded)
 
 
-def test_dtype_must_be_floating(directory):
-    with pytest.raises(TypeError, match=r"dtype must be a floating-point dtype, got torch.int8"):
-        T5Encoder.from_pretrained(directory, torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, "float32"], ids=str)
+def test_dtype_must_be_floating(encoder, directory, dtype):
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point dtype, got {dtype}"):
+        T5Encoder.from_pretrained(directory, dtype)
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point dtype, got {dtype}"):
+        encoder.save_pretrained(directory, dtype)
+    assert_same_weights(T5Encoder.from_pretrained(directory).state_dict(), encoder.state_dict())
 
 
 def test_nothing_is_loaded_before_all_is_checked(directory, monkeypatch):
@@ -324,6 +328,40 @@ def test_saving_does_not_replace_other_files(encoder, tmp_path):
     with pytest.raises(OutputError, match=r"it holds thesis.txt, which is no part of a T5 checkpoint"):
         encoder.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+OTHERS = {
+    "diffusers": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "lora": ("pytorch_lora_weights.safetensors",),
+    "bert": ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    "no-config": ("model.safetensors",),
+    "broken-config": ("model.safetensors", "config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_saving_does_not_replace_another_model(encoder, tmp_path, kind):
+    config = "{" if kind == "broken-config" else json.dumps({"model_type": "bert"})
+    for name in OTHERS[kind]:
+        (tmp_path / name).write_text(config if name == "config.json" else "its weights")
+    with pytest.raises(OutputError, match=r"it holds .*, which is no part of a T5 checkpoint"):
+        encoder.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(OTHERS[kind])
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "adapter.safetensors", "tokenizer-notes.json"])
+def test_saving_does_not_lose_what_lies_beside_an_older_one(encoder, directory, name):
+    (directory / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"it holds {name}, which is no part of a T5 checkpoint"):
+        encoder.save_pretrained(directory)
+    assert (directory / name).read_text() == "mine"
+
+
+def test_saving_to_the_working_directory(encoder, directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    encoder.save_pretrained(".", dtype=torch.bfloat16)
+    assert Path.cwd() == directory
+    assert T5Encoder.from_pretrained(".").embedding.weight.dtype == torch.bfloat16
 
 
 def test_saving_to_a_file(encoder, tmp_path):

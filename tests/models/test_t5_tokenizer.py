@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+import unicodedata
 import warnings
 
 import pytest
@@ -179,6 +181,31 @@ def test_vocabularies_name_the_last_character_kept(vocabulary_directory):
     assert f"({prompt[kept - 1]!r})" in str(caught[0].message)
 
 
+def test_sentencepiece_cuts_no_character_of_several_pieces(tmp_path):
+    """Bytes of a character that is not in the vocabulary, letters of a ligature that the normalization takes apart."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*SENTENCES, "fish fit five"] * 20),
+        model_writer=model,
+        vocab_size=290,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(tmp_path)
+    for prompt in ("a 猫 cat", "一只猫", "🐱 cat", "caﬁ"):
+        beginnings = [unicodedata.normalize("NFKC", prompt[:n]).strip() for n in range(len(prompt) + 1)]
+        for length in range(1, tokenizer(prompt).input_ids.shape[1]):
+            with pytest.warns(UserWarning, match="it was cut"):
+                *kept, _ = tokenizer(prompt, length).input_ids[0].tolist()
+            assert tokenizer._backend.decode(kept).strip() in beginnings
+
+
 def test_characters_outside_the_vocabulary_are_named(vocabulary_directory):
     tokenizer = load_tokenizer(vocabulary_directory)
     with pytest.warns(
@@ -213,6 +240,35 @@ def test_where_an_encoder_finds_its_tokenizer(vocabulary_directory, tmp_path, pl
     given = tmp_path / folder if place == "given" else None
     encoder = T5Encoder.from_pretrained(tmp_path / "text_encoder", tokenizer=given)
     assert encoder.encode("a cute cat").mask.all()
+
+
+def test_an_encoder_takes_the_tokenizer_of_its_number(vocabulary_directory, tmp_path, recwarn):
+    """As in pipelines with several encoders, whose "tokenizer" is CLIP's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    T5Encoder(config).save_pretrained(tmp_path / "text_encoder_2")
+    (tmp_path / "tokenizer").mkdir()
+    tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, [])).save(
+        str(tmp_path / "tokenizer" / "tokenizer.json")
+    )
+    assert T5Encoder.from_pretrained(tmp_path / "text_encoder_2").tokenizer is None
+    shutil.copytree(vocabulary_directory, tmp_path / "tokenizer_2")
+    assert T5Encoder.from_pretrained(tmp_path / "text_encoder_2").encode("a cute cat").mask.all()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "</s>"], ids=["other-tokens", "too-many"])
+def test_a_neighbour_that_does_not_fit_leaves_the_encoder_without(encoder, tmp_path, name):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {name: 0, "<pad>": 1} | {f"word{i}": i + 2 for i in range(400)}
+    (tmp_path / "tokenizer").mkdir()
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<pad>"))
+    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "text_encoder" / "tokenizer_config.json").unlink()
+    with pytest.warns(UserWarning, match="the tokenizer beside .*text_encoder is not the encoder's: .*tokenizer"):
+        loaded = T5Encoder.from_pretrained(tmp_path / "text_encoder")
+    assert isinstance(loaded.tokenizer, ByteTokenizer), "which needs no file"
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "sentencepiece"])

@@ -113,12 +113,45 @@ def test_dropout_resumes_too(colours, tmp_path):
     assert losses(resumed) == whole
 
 
+def test_what_reaches_no_loss_has_no_moments_and_resumes(colours, tmp_path):
+    """Without attention nothing reads the tokens of the text, so that their projection gets no gradient."""
+    values = {**BASE, "unet": {**BASE["unet"], "attention_levels": []}, **COMMON, "data": str(colours), "out": "unused"}
+    file = str(write_config(tmp_path / "run.toml", values))
+    whole = losses(train(file, out=tmp_path / "whole", progress=False))
+    stored = load_file(tmp_path / "whole" / "checkpoint" / "state.safetensors")
+    assert "first_moment.unet.conv_in.weight" in stored
+    assert "weight.unet.text.project.weight" in stored
+    assert "first_moment.unet.text.project.weight" not in stored
+    step = TrainingRun.train_step
+
+    def stop(run):
+        if run.step == 8:
+            raise KeyboardInterrupt
+        return step(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingRun, "train_step", stop)
+        train(file, out=tmp_path / "stopped", progress=False)
+    assert losses(train(file, out=tmp_path / "stopped", resume=True, progress=False)) == whole
+
+
+def test_the_progress_bar_shows_the_mean_of_the_last_losses(colours, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("tqdm.auto.tqdm.set_postfix", lambda bar, loss: shown.append(loss))
+    for log_every, count in ((1, 6), (3, 2)):
+        values = {**NAMING, **COMMON, "steps": 6, "log_every": log_every, "data": str(colours), "out": "unused"}
+        file = write_config(tmp_path / "run.toml", values)
+        history = losses(train(str(file), out=tmp_path / str(log_every), progress=False))
+        groups = [history[i : i + log_every] for i in range(0, 6, log_every)]
+        assert shown[-count:] == [f"{sum(group) / log_every:.4f}" for group in groups]
+
+
 def test_few_training_timesteps_can_be_sampled(config_file):
     directory = train(str(config_file), overrides=["steps=1", "train_timesteps=10"], progress=False)
     assert (directory / "samples-000001.png").is_file()
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta:x", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "meta:x", "cuda:99", "meta"])
 def test_a_device_that_cannot_be_used_is_named(config_file, device):
     with pytest.raises(ConfigError, match=f"device '{device}' cannot be used"):
         train(str(config_file), overrides=[f"device={device}"], progress=False)
@@ -280,6 +313,18 @@ def test_shipped_configurations_load(name):
         (["steps"], "key=value"),
         (["steps=many"], "steps"),
         (["steps=0"], "steps must be at least 1"),
+        (["low_resolution=0"], "low_resolution must be at least 1"),
+        (["max_text_length=0"], "max_text_length must be at least 1"),
+        (["gradient_clip=0.0"], "gradient_clip must be above 0"),
+        (["gradient_clip=-1.0"], "gradient_clip must be above 0"),
+        (["gradient_clip=nan"], "gradient_clip must be above 0"),
+        (["learning_rate=inf"], "learning_rate must be finite"),
+        (["final_learning_rate=-1.0"], "final_learning_rate must be finite and not negative"),
+        (["final_learning_rate=nan"], "final_learning_rate must be finite"),
+        (["seed=9223372036854775807"], "seed must be from"),
+        (["size=33"], "size must be divisible by 4"),
+        (["unet.in_channels=4"], "in_channels must be 3"),
+        (["unet.out_channels=6"], "out_channels must be 3"),
         (["precision=fp8"], "precision"),
         (["unet.text_dim=7"], "text_dim"),
         (["text_encoder.vocab_size=400"], "vocab_size"),
@@ -292,6 +337,11 @@ def test_a_configuration_that_cannot_be_used_is_named(overrides, message):
         TrainConfig.load("emoji-base", overrides)
 
 
+def test_a_crop_must_fit_the_unet():
+    with pytest.raises(ConfigError, match="crop must be divisible by 8, as its U-Net of 3 levels needs, got 60"):
+        TrainConfig.load("emoji-sr", ["crop=60"])
+
+
 def test_no_such_configuration_lists_the_shipped_ones():
     with pytest.raises(ConfigError, match="emoji-base"):
         TrainConfig.load("no-such-run")
@@ -301,3 +351,6 @@ def test_invalid_toml_is_named(tmp_path):
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match="not valid TOML"):
         TrainConfig.load(str(tmp_path / "bad.toml"))
+    (tmp_path / "picture").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ConfigError, match=r"picture is not valid TOML"):
+        TrainConfig.load(str(tmp_path / "picture"))

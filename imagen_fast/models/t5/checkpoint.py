@@ -11,7 +11,7 @@ from torch import Tensor
 from ...config import read_json
 from ...files import atomic_directory
 from .. import checkpoint
-from .config import T5Config
+from .config import MODEL_TYPES, T5Config
 from .tokenizer import FILES as TOKENIZER_FILES
 
 # Ours -> Hugging Face's, applied in this order.
@@ -30,7 +30,7 @@ _OTHER_NAMES = {"shared.weight": "encoder.embed_tokens.weight"}
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checkpoint.FLOATING.values()}
 
-WRITTEN = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+_WRITTEN = ("config.json", *checkpoint.patterns_of("model"), *TOKENIZER_FILES)
 
 
 def huggingface_name(name: str) -> str:
@@ -78,6 +78,15 @@ def load_state(
     }
 
 
+def refuse_to_replace_others(directory: Path) -> None:
+    """Raise `OutputError` if `directory` holds anything but a T5 checkpoint as `save_directory` writes it."""
+
+    def written(values: checkpoint.Values) -> tuple[str, ...]:
+        return _WRITTEN if values.get("model_type") in MODEL_TYPES else ()
+
+    checkpoint.refuse_to_replace_others(directory, "a T5 checkpoint", written)
+
+
 def save_directory(
     directory: Path,
     config: T5Config,
@@ -91,8 +100,10 @@ def save_directory(
     Raises:
         OutputError: it cannot be written, or `directory` holds files that are no part of such a checkpoint, which
             replacing it would lose.
+        TypeError: weights cannot have this dtype.
     """
-    checkpoint.refuse_to_replace_others(directory, WRITTEN, "a T5 checkpoint")
+    checkpoint.check_dtype(dtype)
+    refuse_to_replace_others(directory)
     dtypes = {name: tensor.dtype if dtype is None else parameter_dtype(name, dtype) for name, tensor in state.items()}
     with atomic_directory(directory) as folder:
         values = {**config.to_huggingface(), "dtype": str(dtypes["embedding.weight"]).removeprefix("torch.")}

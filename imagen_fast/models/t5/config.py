@@ -146,6 +146,8 @@ _HUGGINGFACE_DEFAULTS: dict[str, dict[str, Any]] = {
     "umt5": {"bias_per_layer": True},
 }
 
+MODEL_TYPES = tuple(_HUGGINGFACE_DEFAULTS)
+
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny_bytes": {"vocab_size": 384, "d_model": 256, "d_ff": 512, "num_layers": 4, "num_heads": 4},
     "small": {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6},

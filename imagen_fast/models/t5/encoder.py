@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ..checkpoint import check_dtype
 from .checkpoint import load_state, read_config, save_directory
 from .config import T5Config
 from .layers import T5Block, T5RMSNorm
@@ -26,6 +28,20 @@ class TextFeatures(NamedTuple):
 
     features: Tensor
     mask: Tensor
+
+
+def _tokenizer_beside(directory: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of the pipeline that an encoder is part of; None if it has none that fits."""
+    name = directory.name.replace("text_encoder", "tokenizer")
+    beside = directory.with_name(name if name.startswith("tokenizer") else "tokenizer")
+    try:
+        tokenizer = load_tokenizer(beside)
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+            raise CheckpointError(f"{beside} has {tokenizer.vocab_size} tokens, the encoder {vocab_size}")
+    except CheckpointError as error:
+        warnings.warn(f"the tokenizer beside {directory} is not the encoder's: {error}", stacklevel=3)
+        return None
+    return tokenizer
 
 
 class T5Encoder(nn.Module):
@@ -131,19 +147,19 @@ class T5Encoder(nn.Module):
                 keeps its feed-forward output weights in fp32.
             device: where the weights go; the CPU if None.
             tokenizer: a directory with tokenizer.json, spiece.model, or ByT5's tokenizer_config.json. If None,
-                `directory` itself or else the folder "tokenizer" beside it, as in pipelines of diffusers. Without any
-                of these files the encoder has no tokenizer.
+                `directory` itself or else the folder beside it that pipelines of diffusers have for it: "tokenizer", or
+                "tokenizer_2" beside "text_encoder_2". Without any of these files, and with a warning where that
+                folder's are another model's, the encoder has no tokenizer, or ByT5's if the vocabulary is that.
             variant: "fp16" reads model.fp16.safetensors, or its shards.
 
         Raises:
             CheckpointError: a file or tensor is missing, or one cannot be used; the message names it.
-            TypeError: `dtype` is not a floating-point dtype.
+            TypeError: `dtype` is not float64, float32, float16 or bfloat16.
 
         Example:
             >>> encoder = T5Encoder.from_pretrained("t5-v1_1-xxl", dtype=torch.bfloat16)  # doctest: +SKIP
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        check_dtype(dtype)
         directory = Path(directory)
         config, config_dtype = read_config(directory)
         with torch.device("meta"):
@@ -154,7 +170,7 @@ class T5Encoder(nn.Module):
             if encoder.tokenizer is None:
                 raise CheckpointError(f"{tokenizer} holds no tokenizer")
         else:
-            found = load_tokenizer(directory) or load_tokenizer(directory.absolute().parent / "tokenizer")
+            found = load_tokenizer(directory) or _tokenizer_beside(directory.absolute(), config.vocab_size)
             encoder.tokenizer = found or encoder.tokenizer
         state = load_state(directory, shapes, dtype or config_dtype, device, variant)
         encoder.load_state_dict(state, assign=True)
@@ -175,7 +191,8 @@ class T5Encoder(nn.Module):
             max_shard_bytes: weights beyond this go into several files.
 
         Raises:
-            OutputError: the directory cannot be written, or holds files that are no part of a checkpoint.
+            OutputError: the directory cannot be written, or holds files that are no part of such a checkpoint.
+            TypeError: `dtype` is not float64, float32, float16 or bfloat16.
         """
         files = {} if self.tokenizer is None else self.tokenizer.files()
         save_directory(Path(directory), self.config, self.state_dict(), dtype, files, max_shard_bytes)

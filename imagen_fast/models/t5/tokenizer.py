@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 
 Padding = Literal["longest", "max_length"]
 
-FILES = ("tokenizer*.json", "spiece.model")  # patterns of their names
+FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 
 class TokenIds(NamedTuple):
@@ -204,7 +204,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     def tokenize(self, prompt: str) -> Tokens:
         pieces = self._backend.encode(prompt, out_type="offset_mapping")
-        return Tokens(pieces["ids"], pieces["offsets"])
+        spans = list(pieces["offsets"])
+        # Of several pieces of a character, such as its bytes, the last alone has its span; those before are empty.
+        for i in reversed(range(len(spans) - 1)):
+            start, end = spans[i]
+            if start == end == spans[i + 1][0]:
+                spans[i] = spans[i + 1]
+        return Tokens(pieces["ids"], spans)
 
     def files(self) -> dict[str, bytes]:
         return {
@@ -224,8 +230,8 @@ class MissingTokenizer(Tokenizer):
     def __init__(self, error: ModuleNotFoundError, directory: Path) -> None:
         self.vocab_size = 0
         self.reason, self.package = str(error), error.name
-        paths = sorted(path for pattern in FILES for path in directory.glob(pattern) if path.is_file())
-        self._files = {path.name: _read_bytes(path) for path in paths}
+        paths = [directory / name for name in FILES]
+        self._files = {path.name: _read_bytes(path) for path in paths if path.is_file()}
 
     def tokenize(self, prompt: str) -> Tokens:
         raise ModuleNotFoundError(self.reason, name=self.package)
