@@ -73,10 +73,11 @@ def accelerate(
     """Run `obj` on fused ops, in place, without changing what it computes; `restore` undoes it.
 
     Blocks change class to a fused subclass, one instance at a time. Parameters, `state_dict`, hooks, gradients,
-    `torch.compile`, `deepcopy` and pickling work as before, and copies are accelerated too. A block works from the
-    parameters of a child only while that child is plain: one with hooks, a parametrization, another class or weights
-    of a tensor subclass, whenever it gets them, is called as the original calls it. Calling this again swaps what has
-    been added, takes the options of this call, and reports all.
+    `torch.compile`, `deepcopy` and pickling work as before, and copies are accelerated too; but a shallow copy
+    (`copy.copy`) of a model or a scheduler goes on calling the original's methods. A block works from the parameters of
+    a child only while that child is plain: one with hooks, a parametrization, another class or weights of a tensor
+    subclass, whenever it gets them, is called as the original calls it. Calling this again swaps what has been added,
+    takes the options of this call, and reports all.
 
     What is kept beside the model (packed and converted weights, what was computed from a text) is used without
     gradients alone, and made anew when a weight or the text has changed. Writes that PyTorch does not count (through
@@ -89,7 +90,9 @@ def accelerate(
             queries, keys and values of the same pixels or tokens be one product, from a copy of their weights below
             each other; keep what `cache_text` says. The copies are counted in the report. False keeps nothing.
         dtype: compute in this dtype, from converted copies of the weights, in calls of a model without gradients:
-            inputs are cast, and outputs cast back. None leaves each model in its own dtype.
+            inputs are cast, and outputs cast back. None leaves each model in its own dtype. Calls of one model from
+            several threads wait for each other; its weights must not be read (`state_dict`) or trained in one thread
+            while another calls it without gradients.
         memory_format: `torch.channels_last` brings the pictures that enter a model into that format.
         cache_text: compute what depends on the text alone once for each text, where an integration can.
         pack_limit: the most bytes that packed weights may take; layers beyond it are left as they are.
@@ -153,7 +156,7 @@ def accelerate(
         if part_integration is None:
             continue
         part_integration.attach(part)
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and part_integration.converts(part):
             prepare = part_integration.graphed(part) if inference and graphs == "auto" else None
             make = graphed(part, prepare, limits)
             reasons = [] if make is None else reasons_of(part)
@@ -259,12 +262,15 @@ def _modules(obj: Any) -> list[nn.Module]:
 
 
 def _pieces(obj: Any) -> list[Any]:
-    """All modules in a model or in the parts of a system, and the parts that are no modules."""
-    whole = [obj] if isinstance(obj, nn.Module) else []
-    integration = integration_of(obj) if whole else _integration(obj)
-    parts = [*whole, *(integration.parts(obj).values() if integration else ())]
-    pieces = (piece for part in parts for piece in (part.modules() if isinstance(part, nn.Module) else (part,)))
-    return list({id(piece): piece for piece in pieces}.values())
+    """All modules in a model or in the parts of a system, and the parts that are no modules.
+
+    A module may hold systems, which may keep parts where `modules` does not find them.
+    """
+    whole = [*obj.modules()] if isinstance(obj, nn.Module) else []
+    systems = [(module, integration_of(module)) for module in whole] or [(obj, _integration(obj))]
+    parts = [part for system, integration in systems if integration for part in integration.parts(system).values()]
+    inner = (piece for part in parts for piece in (part.modules() if isinstance(part, nn.Module) else (part,)))
+    return list({id(piece): piece for piece in (*whole, *inner)}.values())
 
 
 def _integration(obj: Any) -> Integration:

@@ -20,7 +20,7 @@ from imagen_fast.models import (
 )
 from imagen_fast.models.layers import Attention, GroupNormSiLU, ResnetBlock, TextCondition
 
-from .small_models import BLOCK, UNET, accelerated, efficient_unet, inputs, output, unet
+from .small_models import BLOCK, UNET, accelerated, efficient_unet, imagen, inputs, output, unet
 
 
 @pytest.fixture
@@ -383,3 +383,15 @@ def test_model_on_meta_that_is_loaded_later():
     imagen_fast.accelerate(model)
     model.load_state_dict(unet().state_dict(), assign=True)
     assert torch.equal(output(model), output(accelerated(unet())))
+
+
+def test_parts_that_a_module_s_system_keeps_out_of_its_modules_are_found():
+    system = imagen()
+    holder, unets = nn.ModuleList([system]), dict(system.unets.items())
+    del system.unets
+    system.unets = unets  # a plain dictionary, as imagen-pytorch's cascades have a plain list while they train
+    imagen_fast.accelerate(system)
+    fused = [module for unet in unets.values() for module in unet.modules() if isinstance(module, _fused.Fused)]
+    assert fused
+    imagen_fast.restore(holder)
+    assert not any(isinstance(module, _fused.Fused) for module in fused)

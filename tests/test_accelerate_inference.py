@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -92,6 +93,39 @@ def test_with_gradients_a_model_keeps_its_dtype() -> None:
     plain(**inputs()).sample.square().sum().backward()
     for gradient, expected in zip(ours, [p.grad for p in plain.parameters()], strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_call_with_gradients_waits_for_one_of_another_thread_that_converts() -> None:
+    model = build()
+    imagen_fast.accelerate(model, dtype=torch.bfloat16)
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay(module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            inside.set()
+            leave.wait(30)
+
+    model.mid_block.register_forward_pre_hook(stay)
+    sampling = threading.Thread(target=run, args=(model,))
+    sampling.start()
+    assert inside.wait(30)
+    found: list[Any] = []
+
+    def train() -> None:
+        try:
+            found.append(model(**inputs()).sample)
+        except RuntimeError as error:  # of dtypes that do not go together
+            found.append(error)
+
+    training = threading.Thread(target=train)
+    training.start()
+    training.join(1)
+    early = list(found)
+    leave.set()
+    sampling.join()
+    training.join()
+    assert early == []
+    torch.testing.assert_close(found[0], build()(**inputs()).sample, rtol=1e-4, atol=1e-4)
 
 
 def test_an_error_inside_leaves_the_weights() -> None:

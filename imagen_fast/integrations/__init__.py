@@ -71,6 +71,7 @@ class Integration:
             by the integration that serves it. A module that is one piece is its own part, named "".
         runs: for `verify`: calls of an object that reach the modules in it. It takes the object and what the user gave
             as inputs, None for synthetic ones; raises TypeError for what it cannot use.
+        converts: whether calls of a part may compute in another dtype or memory format.
         attach, detach: what else is switched in a part when its modules take and lose their fused forms. Both may be
             called again, and on copies; what `detach` goes back to is found in the part itself.
     """
@@ -79,6 +80,7 @@ class Integration:
     fused: tuple[Form, ...]
     parts: Callable[[Any], Mapping[str, Any]]
     runs: Callable[[Any, Any], Iterable[Callable[[], object]]]
+    converts: Callable[[Any], bool] = lambda part: True
     attach: Callable[[Any], None] = lambda part: None
     detach: Callable[[Any], None] = lambda part: None
     graphed: Callable[[Any], Prepare | None] = lambda part: None

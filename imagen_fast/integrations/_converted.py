@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ class ConvertedForward(FusedMethod):
     """The `forward` of a model that computes in another dtype, on an instance that keeps its class.
 
     With gradients, while compiling, and with weights that cannot be copied (on meta, of a tensor subclass), the model
-    runs as it is. Calls from several threads wait for each other.
+    runs as it is. Calls from several threads wait for each other. What else another thread does with the weights
+    (`state_dict`, `parameters`, a backward pass that computes a checkpointed block again) does not wait, and can meet
+    the converted ones.
     """
 
     original = nn.Module
@@ -66,9 +68,12 @@ class ConvertedForward(FusedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = type(self.owner).forward
         if not values_kept():
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return forward(self.owner, *args, **kwargs)
+            if torch.is_grad_enabled():
                 self.forget()  # an optimizer may follow, whose writes can be hidden
-            return forward(self.owner, *args, **kwargs)
+            with self._lock if self.dtype is not None else nullcontext():  # another thread's call converts the weights
+                return forward(self.owner, *args, **kwargs)
         with self._lock, self._converted() as own:
             if own is None:
                 return forward(self.owner, *args, **kwargs)

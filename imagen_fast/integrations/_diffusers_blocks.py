@@ -24,7 +24,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from torch import Tensor, nn
 
 from .. import ops
-from ._fused import Fused, activation_name, group_norm_act, is_plain, why_called
+from ._fused import Fused, activation_name, group_norm_act, is_plain, replaced, why_called
 from ._packed import conv2d, linear, linears
 from ._skips import Joined, norm_act, parts, skips_for
 from ._text import of_text
@@ -53,7 +53,8 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         skip = None
         if isinstance(input_tensor, Joined):
             input_tensor, skip = self._parts(input_tensor)
-        if args or kwargs:  # deprecated; the library says so
+        projects = self.time_emb_proj is not None or temb is None  # else temb is of any shape
+        if args or kwargs or not projects:  # the former are deprecated; the library says so
             return super().forward(input_tensor, temb, *args, **kwargs)
         if skip is None:
             hidden = self._norm_act(self.norm1, input_tensor)
@@ -89,8 +90,8 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
     def _parts(self, joined: Joined) -> tuple[Tensor, Tensor | None]:
-        resampled = self.upsample is not None or self.downsample is not None
-        shortcut = None if resampled or activation_name(self.nonlinearity) is None else self.conv_shortcut
+        joins = self.upsample is None and self.downsample is None and self.time_emb_proj is not None
+        shortcut = self.conv_shortcut if joins and activation_name(self.nonlinearity) is not None else None
         return parts(joined.hidden, joined.skip, self.norm1, shortcut)
 
     def _norm_act(self, norm: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -150,8 +151,13 @@ class FusedGEGLU(Fused, GEGLU):
     original = GEGLU
     ops = ("gated_gelu",)
 
+    @classmethod
+    def obstacles(cls, module: nn.Module) -> list[str]:
+        own = replaced(module, "gelu")
+        return super().obstacles(module) + ([] if own is None else [f"it runs as it is: its {own} is replaced"])
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
+        if args or kwargs or replaced(self, "gelu") is not None:
             return super().forward(hidden_states, *args, **kwargs)
         projected = self.proj(hidden_states)
         value, gate = projected.chunk(2, dim=-1)
@@ -163,13 +169,22 @@ class FusedGEGLU(Fused, GEGLU):
 _ADDED = (AttnAddedKVProcessor2_0, AttnAddedKVProcessor)
 _PLAIN = (AttnProcessor2_0, AttnProcessor)
 _SCALING = (AttnProcessor, AttnAddedKVProcessor)  # by what the block says
+# Methods of a block that processors call, and of which some do not run here
+_CALLED = (
+    "get_attention_scores",
+    "head_to_batch_dim",
+    "batch_to_head_dim",
+    "prepare_attention_mask",
+    "norm_encoder_hidden_states",
+)
 
 
 class FusedAttention(Fused, Attention):
     """Self- and cross-attention of U-Nets, by processors that the library sets itself.
 
-    With added keys and values (DeepFloyd IF) the text is a second segment that is read in place. Another processor, or
-    a call with arguments for one, runs as it is.
+    With added keys and values (DeepFloyd IF) the text is a second segment that is read in place. Another processor, a
+    call with arguments for one, or one with a mask that is not added to the scores as it is (a boolean one), runs as
+    it is.
     """
 
     original = Attention
@@ -204,7 +219,8 @@ class FusedAttention(Fused, Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        if cross_attention_kwargs or _why_processor_called(self) is not None:
+        added = attention_mask is None or getattr(attention_mask, "dtype", None) == hidden_states.dtype
+        if cross_attention_kwargs or not added or _why_processor_called(self) is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
         if type(self.processor) in _ADDED:
             return self._with_added_keys(hidden_states, encoder_hidden_states, attention_mask)
@@ -339,4 +355,5 @@ def _why_processor_called(attention: Any) -> str | None:
     width = attention.inner_dim // max(attention.heads, 1)
     if width % 8 or width > 256:
         return f"heads are {width} wide, and the op needs a multiple of 8 up to 256"
-    return None
+    own = replaced(attention, *_CALLED)
+    return None if own is None else f"the block's {own} is replaced"

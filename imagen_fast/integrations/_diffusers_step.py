@@ -90,6 +90,8 @@ class FusedStep(FusedMethod):
         The pipelines pass elements of `scheduler.timesteps`; where they lie tells which, without reading the device.
         """
         timesteps = self.owner.timesteps
+        if torch._C._are_functorch_transforms_active():  # within one, where a tensor lies is not to be seen
+            return None
         if isinstance(timestep, Tensor):
             if timestep.dim() or timestep.dtype != timesteps.dtype:
                 return None

@@ -101,7 +101,8 @@ def _while_fused(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 class FusedMethod:
     """One method of a whole object, whose class is written into saved files: it gets an attribute of the method's
-    name, an instance of this, and keeps its class. A copy of the object has a copy of this, bound to it.
+    name, an instance of this, and keeps its class. A deep copy of the object, and what is made of its pickle, has a
+    copy of this, bound to it; a shallow copy (`copy.copy`) has this very one, bound to the original.
 
     Attributes:
         original: the class whose method it takes the place of.
@@ -239,6 +240,15 @@ def own_methods(module: nn.Module) -> dict[str, str]:
     return _methods_in(vars(module), module)
 
 
+def replaced(module: nn.Module, *names: str) -> str | None:
+    """The first of these methods in whose place the instance holds something else, or None."""
+    held = vars(module)
+    if not any(name in held for name in names):
+        return None
+    own = own_methods(module)
+    return next((name for name in names if name in held and own.get(name) != name), None)
+
+
 def _methods_in(holder: Mapping[str, Any], module: nn.Module) -> dict[str, str]:
     return {
         key: value.__name__
@@ -276,8 +286,11 @@ def why_called(
         return f"it is not exactly a {expected.__name__}"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "it has hooks"
-    if "forward" in child.__dict__ and own_methods(child).get("forward") != "forward":
+    held = child.__dict__
+    if "forward" in held and replaced(child, "forward"):
         return "its forward is replaced"
+    if "_conv_forward" in held and replaced(child, "_conv_forward"):  # of a convolution, for pictures without seams
+        return "its _conv_forward is replaced"
     if _module._has_any_global_hook():
         return "there are hooks on all modules"
     parameters = child._parameters

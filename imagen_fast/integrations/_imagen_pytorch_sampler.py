@@ -165,6 +165,7 @@ class FusedSample(FusedMethod):
     method = "p_sample"
     ops = ("sampler_step",)
     subclasses = True
+    _times: tuple[Tensor, int, Tensor] | None = None  # all times of a sampling, their version, and they on the CPU
 
     @classmethod
     def why_left(cls, owner: Any) -> str | None:
@@ -199,8 +200,8 @@ class FusedSample(FusedMethod):
     def _table(self, x: Tensor, t: Any, noise_scheduler: Any, kwargs: dict[str, Any]) -> StepTable | None:
         """The solver of this one step; None where the library has to make it."""
         t_next = kwargs.get("t_next")
-        if not (isinstance(t, Tensor) and isinstance(t_next, Tensor) and t.device.type == t_next.device.type == "cpu"):
-            return None  # reading times that are on a device would wait for it
+        if not (isinstance(t, Tensor) and isinstance(t_next, Tensor)):
+            return None
         if type(noise_scheduler) is not GaussianDiffusionContinuousTimes or not is_plain(x) or 0 in x.shape:
             return None
         if _has_own(self.owner, Imagen, ("p_mean_variance",)):
@@ -210,11 +211,23 @@ class FusedSample(FusedMethod):
         if any(kwargs.get(name) is not None for name in _NOT_FOR_PICTURES):
             return None
         prediction = _PREDICTIONS.get(kwargs.get("pred_objective", "noise"))
+        t, t_next = self._on_host(t), self._on_host(t_next)
         times, times_next = t.tolist(), t_next.tolist()
         if prediction is None or len(set(times)) != 1 or len(set(times_next)) != 1:
             return None
         log_snr, log_snr_next = (noise_scheduler.log_snr(value[:1]).item() for value in (t, t_next))
         return _one_step(log_snr, log_snr_next, times_next[0] == 0, prediction)
+
+    def _on_host(self, t: Tensor) -> Tensor:
+        """The same times, on the CPU. The library makes all of a sampling at once, and `t` is a view of them: a device
+        is waited for at the first step alone."""
+        every = t._base
+        if every is None or every.is_inference() or not every.is_contiguous():
+            return t.cpu()
+        known = self._times
+        if known is None or known[0] is not every or known[1] != every._version:
+            known = self._times = (every, every._version, every.cpu())
+        return known[2].as_strided(t.shape, t.stride(), t.storage_offset() - every.storage_offset())
 
     def _outputs(
         self, unet: Any, x: Tensor, condition: Tensor, kwargs: dict[str, Any]

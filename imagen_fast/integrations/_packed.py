@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..ops import _conv3x3
 from ..ops import _packed_linear as _product
 from ..reference.group_norm_act import ACTIVATIONS
-from ._fused import Fused, own_methods, why_called
+from ._fused import Fused, own_methods, replaced, why_called
 from ._kept import Seen, can_be_seen, drop, kept, outside_inference, values_kept
 from ._once import once_of_graph
 
@@ -66,7 +66,7 @@ class PackedLinear(Fused, nn.Linear):
     packs = True
 
     def forward(self, input: Tensor) -> Tensor:
-        packed = _packed_linear(self, (self,), input) if _has_own_forward(self) else None
+        packed = _packed_linear(self, (self,), input) if _computes_as_its_class(self) else None
         return super().forward(input) if packed is None else _run_linear(packed, input, None)
 
 
@@ -78,7 +78,7 @@ class PackedConv2d(Fused, nn.Conv2d):
     packs = True
 
     def forward(self, input: Tensor) -> Tensor:
-        packed = _packed_conv2d(self, input) if _has_own_forward(self) else None
+        packed = _packed_conv2d(self, input) if _computes_as_its_class(self) else None
         return super().forward(input) if packed is None else _run_conv2d(self, packed, input, None)
 
 
@@ -174,9 +174,16 @@ def _is_plain(layer: nn.Module) -> bool:
     return why_called(layer, layer.original) is None  # type: ignore[arg-type]
 
 
-def _has_own_forward(layer: nn.Module) -> bool:
-    """False for a layer that is wrapped: its weights may come and go at every call (offloading)."""
-    return "forward" not in vars(layer) or "forward" in own_methods(layer)
+def _computes_as_its_class(layer: nn.Module) -> bool:
+    """False for a layer that is wrapped, as its weights may come and go at every call (offloading); for one with a
+    method of its own; and for one whose weight or bias is made anew at every call (pruned, parametrized)."""
+    held, parameters = vars(layer), layer._parameters
+    return (
+        ("forward" not in held or "forward" in own_methods(layer))
+        and replaced(layer, "_conv_forward") is None
+        and "weight" in parameters
+        and "bias" in parameters  # None where there is none
+    )
 
 
 @cache

@@ -74,13 +74,24 @@ class PositionBias:
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
-    def __add__(self, other: Any) -> Tensor:
-        return self.tensor() + other
 
-    __radd__ = __add__
+_OPERATORS = (
+    *(f"__{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")),
+    *(f"__r{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")),
+    *("__neg__", "__pos__", "__abs__", "__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__", "__bool__"),
+    *("__len__", "__iter__", "__contains__", "__getitem__", "__array__", "__deepcopy__", "__reduce_ex__"),
+)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.tensor()[index]
+
+def _on_tensor(name: str) -> Callable[..., Any]:
+    def method(self: PositionBias, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*args)
+
+    return method
+
+
+for _name in _OPERATORS:  # Python looks them up in the class
+    setattr(PositionBias, _name, _on_tensor(_name))
 
 
 def _materialised(values: Any) -> Any:
@@ -271,6 +282,11 @@ class EncoderForward(FusedMethod):
     def __func__(self) -> Any:
         """As of the bound method in whose place this is; signatures are read from it."""
         return type(self.owner).forward
+
+    @property
+    def __code__(self) -> Any:
+        """Of the same method; `torch.export` reads it."""
+        return type(self.owner).forward.__code__
 
     @property
     def __wrapped__(self) -> Any:

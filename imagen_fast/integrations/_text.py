@@ -136,6 +136,8 @@ def _state(module: Any) -> tuple[Any, ...] | None:
         return None
     if "forward" in vars(module) and "forward" not in own_methods(module):
         return None
+    if any(isinstance(value, Tensor) for value in vars(module).values()):  # in the place of a parameter
+        return None
     cls = type(module)
     original = cls.__dict__.get("original", cls)
     if original is nn.Dropout:

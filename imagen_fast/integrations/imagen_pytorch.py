@@ -61,6 +61,12 @@ def _synthetic_inputs(unet: Unet) -> dict[str, Any]:
     return inputs
 
 
+def _converts(part: nn.Module) -> bool:
+    """A call of a cascade is its loss in training, whose pictures and noise stay as they are; of samples, its U-Nets
+    are called alone."""
+    return isinstance(part, Unet)
+
+
 def _graphed(part: nn.Module) -> Prepare | None:
     return _as_called if isinstance(part, Unet) else None
 
@@ -74,5 +80,6 @@ INTEGRATION = Integration(
     fused=(*BLOCKS, FusedGuidance, FusedSample, FusedThreshold, PackedLinear, PackedConv2d),
     parts=_parts,
     runs=_runs,
+    converts=_converts,
     graphed=_graphed,
 )

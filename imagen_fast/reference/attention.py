@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .._tracing import traced_as_constant
 
 
 class RelativePositionBias(NamedTuple):
@@ -98,11 +101,7 @@ def attention(
     if isinstance(bias, RelativePositionBias):
         bias = F.pad(materialized(bias, queries, own_keys), (context_keys, 0))
     mask = _joint_mask(bias, key_mask, q, k)
-    if 0 in (*q.shape[:3], k.shape[2]):
-        out = _without_scores(q, k, v, mask)
-    else:
-        grouped = bool(q.shape[1] != k.shape[1])
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    out = _without_scores(q, k, v, mask) if 0 in (*q.shape[:3], k.shape[2]) else _attended(q, k, v, mask, scale)
     return out.transpose(1, outer).contiguous().transpose(1, outer)
 
 
@@ -115,6 +114,24 @@ def _joint_mask(bias: Tensor | None, key_mask: Tensor | None, q: Tensor, k: Tens
     if attended is not None:
         mask = mask.masked_fill(~attended, -math.inf)
     return mask.expand(*q.shape[:3], k.shape[2])
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """`F.scaled_dot_product_attention`, which under autocast would round the mask as well."""
+    device = q.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and q.dtype == torch.get_autocast_dtype(device):  # so are k and v
+        with torch.autocast(device, enabled=False):
+            return _attended(q, k, v, mask, scale)
+    grouped = bool(q.shape[1] != k.shape[1])
+    if _transforms_active():  # its kernels have no forward-mode derivative, and do not see that a mask needs a gradient
+        return torch._scaled_dot_product_attention_math(q, k, v, mask, scale=scale, enable_gqa=grouped)[0]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+
+
+@traced_as_constant
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _without_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -449,3 +449,21 @@ def test_euler_gives_x0_in_the_dtype_of_the_scheduler(prediction: str) -> None:
         one, other = (result[key] for result in results)
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(one.abs().max()))  # theirs is rounded twice
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_derivatives_in_forward_mode_are_the_schedulers_own(name: str) -> None:
+    sample, tangent = torch.randn(2, 2, 3, 4, 4)
+    results = []
+    for accelerated in (False, True):
+        scheduler = getattr(diffusers, name)()
+        if accelerated:
+            imagen_fast.accelerate(scheduler)
+        scheduler.set_timesteps(5)
+
+        def step(x: Tensor, scheduler: Any = scheduler) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return scheduler.step(x, scheduler.timesteps[0], x, generator=generator, return_dict=False)[0]
+
+        results.append(torch.func.jvp(step, (sample,), (tangent,)))
+    torch.testing.assert_close(*results)

@@ -187,6 +187,35 @@ def test_masks_reach_the_attention() -> None:
         torch.testing.assert_close(run(model, "sd", encoder_attention_mask=mask), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["self", "added keys"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16], ids=str)
+def test_masks_that_are_not_of_the_dtype_do_what_they_did(form: str, dtype: torch.dtype) -> None:
+    from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
+
+    torch.manual_seed(0)
+    added = {"added_kv_proj_dim": 24, "norm_num_groups": 8, "bias": True, "processor": AttnAddedKVProcessor2_0()}
+    block = Attention(32, heads=4, dim_head=8, **(added if form == "added keys" else {})).eval()
+    mask = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
+    x: tuple[Tensor, ...] = (torch.randn(2, 7, 32), None)
+    if form == "added keys":
+        x, mask = (torch.randn(2, 32, 2, 2), torch.randn(2, 3, 24)), mask[:, None, 4:]
+    holder = diffusers.UNet2DConditionModel(**STABLE_DIFFUSION)
+    holder.extra = block
+    plain = copy.deepcopy(block)
+    imagen_fast.accelerate(holder)
+    results: list[Any] = []
+    for attention in (plain, holder.extra):
+        try:
+            with torch.no_grad():
+                results.append(attention(*x, mask.to(dtype)))
+        except RuntimeError as error:
+            results.append(str(error))
+    if dtype == torch.bool:
+        torch.testing.assert_close(*results)
+    else:
+        assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("norm", ["default", "scale_shift"])
 @pytest.mark.parametrize("resample", ["none", "up", "down", "fir"])
 @pytest.mark.parametrize("activation", ["swish", "gelu", "mish"])
@@ -213,6 +242,21 @@ def test_every_form_of_residual_block(norm: str, resample: str, activation: str)
         imagen_fast.accelerate(holder)
         assert type(block).__name__ == "FusedResnetBlock2D"
         assert_as_accurate(block(x, temb), expected, truth)
+
+
+@pytest.mark.parametrize("norm", ["default", "scale_shift"])
+def test_a_residual_block_without_a_projection_of_time(norm: str) -> None:
+    torch.manual_seed(0)
+    block = diffusers.models.resnet.ResnetBlock2D(
+        in_channels=24, temb_channels=None, groups=8, time_embedding_norm=norm
+    ).eval()
+    holder = diffusers.UNet2DConditionModel(**STABLE_DIFFUSION)
+    holder.extra = block
+    x, temb = torch.randn(2, 24, 8, 8), torch.randn(2, 24 if norm == "default" else 48, 1, 1)
+    with torch.no_grad():
+        expected = block(x, temb)
+        imagen_fast.accelerate(holder)
+        torch.testing.assert_close(block(x, temb), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_verify_measures_every_block(kind: str) -> None:
@@ -279,6 +323,40 @@ def test_old_processors_scale_by_what_the_block_says(kind: str) -> None:
         with torch.no_grad():
             results.append(run(model, kind))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def halve_scores(model: Any) -> None:
+    from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
+
+    added = any(getattr(module, "add_k_proj", None) is not None for module in model.modules())
+    model.set_attn_processor(AttnAddedKVProcessor() if added else AttnProcessor())
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.get_attention_scores = lambda *args, kept=module.get_attention_scores: 0.5 * kept(*args)
+
+
+def rectify_gates(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, diffusers.models.activations.GEGLU):
+            module.gelu = torch.relu
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "change"), [("sd", halve_scores), ("sd", rectify_gates)])
+def test_methods_of_blocks_that_somebody_has_replaced_are_called(kind: str, change: Any, when: str) -> None:
+    plain, model = build(kind), build(kind)
+    with torch.no_grad():
+        before = run(plain, kind)
+        change(plain)
+        expected = run(plain, kind)
+        assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
+        if when == "after":
+            imagen_fast.accelerate(model)
+            run(model, kind)
+        change(model)
+        report = imagen_fast.accelerate(model)
+        torch.testing.assert_close(run(model, kind), expected, rtol=1e-4, atol=1e-4)
+    assert any("is replaced" in note for swapped in report.swapped for note in swapped.notes)
 
 
 LABELS: dict[str, dict[str, Any]] = {

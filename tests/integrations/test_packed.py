@@ -7,13 +7,13 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import imagen_fast
@@ -233,6 +233,58 @@ def test_a_weight_packed_in_inference_mode_serves_outside(used: list[str]) -> No
         inside = layer(x)
     assert torch.equal(layer(x), inside)
     assert used == 2 * ["_linear_pointwise"]
+
+
+def _as_attribute(layer: nn.Module) -> None:
+    bias = layer.bias.detach().clone()
+    del layer.bias
+    layer.bias = bias
+
+
+def _as_buffer(layer: nn.Module) -> None:
+    bias = layer.bias.detach().clone()
+    del layer.bias
+    layer.register_buffer("bias", bias)
+
+
+NO_PARAMETERS: dict[str, Callable[[nn.Module], object]] = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "bias", amount=0.3),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "bias", Tripled()),
+    "attribute": _as_attribute,
+    "buffer": _as_buffer,
+}
+
+
+@pytest.mark.parametrize("change", NO_PARAMETERS)
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_bias_that_is_no_parameter_counts(change: str, kind: str) -> None:
+    torch.manual_seed(0)
+    layer = packed(nn.Linear(8, 12) if kind == "linear" else nn.Conv2d(8, 12, 3).to(memory_format=NHWC))
+    x = random(2, 8, 8, 8).contiguous(memory_format=NHWC)
+    layer(x)
+    NO_PARAMETERS[change](layer)
+    torch.testing.assert_close(layer(x), plain(layer)(x))
+
+
+def _around(layer: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    input = nn.functional.pad(nn.functional.pad(input, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1))
+    return nn.functional.conv2d(input, weight, bias, layer.stride, 0, layer.dilation, layer.groups)
+
+
+@pytest.mark.parametrize("by", ["itself", "its block"])
+def test_a_convolution_with_another_padding_of_its_own_keeps_it(by: str, used: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = packed(nn.Conv2d(8, 12, 3, padding=1).to(memory_format=NHWC))
+    x = random(2, 8, 8, 8).contiguous(memory_format=NHWC)
+    run = layer if by == "itself" else lambda x: _packed.conv2d(layer, x)
+    before = run(x)
+    layer._conv_forward = MethodType(_around, layer)
+    assert torch.equal(run(x), _around(layer, x, layer.weight, layer.bias))
+    assert not torch.allclose(run(x), before, atol=1e-3)
+    used.clear()
+    layer._conv_forward = MethodType(nn.Conv2d._conv_forward, layer)  # the class's, put back
+    assert torch.equal(run(x), before)
+    assert used
 
 
 # ---- Weights that change

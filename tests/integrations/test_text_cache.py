@@ -358,3 +358,15 @@ def test_attributes_are_seen(unet: Any, cls: str, names: tuple[str, ...]) -> Non
     after = step(unet, prompt())
     torch.testing.assert_close(after, step(plain, prompt()), rtol=1e-4, atol=1e-5)
     assert torch.equal(after, before) != (changed > 0)
+
+
+def test_a_bias_that_is_a_plain_tensor_is_read_at_every_call() -> None:
+    layer, text = nn.Linear(4, 4), torch.randn(2, 3, 4)
+    bias = layer.bias.detach().clone()
+    del layer.bias
+    layer.bias = bias
+    with torch.no_grad():
+        for _ in range(2):
+            found = _text.of_text(layer, "text", (layer,), (text,), lambda: layer(text))
+            assert torch.equal(found, layer(text))
+            bias.add_(1)

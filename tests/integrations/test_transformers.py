@@ -8,7 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -448,3 +448,62 @@ def test_activations_are_recomputed_where_the_library_does(family: str) -> None:
         block._gradient_checkpointing_func = counted
     assert_close(gradients(model), expected)
     assert len(forwards) == SIZES["num_layers"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_encoder_alone_can_be_exported(family: str, strict: bool) -> None:
+    model = build(family, num_layers=1)
+    with torch.no_grad():
+        expected = features(model)
+        imagen_fast.accelerate(model)
+        exported = torch.export.export(model.get_encoder(), (), batch(), strict=strict)
+        assert_close(exported.module()(**batch()).last_hidden_state, expected)
+
+
+def test_functional_derivatives_are_the_librarys(family: str) -> None:
+    plain = build(family, "eager")
+    model = copy.deepcopy(plain)
+    imagen_fast.accelerate(model)
+    x = plain.get_input_embeddings()(batch()["input_ids"]).detach()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def derivatives(model: nn.Module) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return model(inputs_embeds=x).last_hidden_state
+
+        gradient = torch.func.grad(lambda x: run(x).sin().sum())(x)
+        return torch.stack((gradient, torch.func.jvp(run, (x,), (direction,))[1])).detach()
+
+    torch.testing.assert_close(derivatives(model), derivatives(plain), rtol=1e-3, atol=1e-3)
+
+
+OF_THE_BIAS: dict[str, Callable[[Any], Any]] = {
+    "2 - b / 3": lambda b: 2 - b / 3,
+    "b * b - 1": lambda b: b * b - 1,
+    "2 * b": lambda b: 2 * b,
+    "-b": lambda b: -b,
+    "b @ b": lambda b: b @ b,
+    "b ** 2": lambda b: b**2,
+    "abs": abs,
+    "b > 0": lambda b: b > 0,
+    "b == b": lambda b: b == b,
+    "len": lambda b: torch.tensor(len(b)),
+    "iter": lambda b: next(iter(b)),
+    "pickle": lambda b: pickle.loads(pickle.dumps(b)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("compute", OF_THE_BIAS.values(), ids=OF_THE_BIAS)
+def test_hooks_compute_with_the_bias(compute: Callable[[Any], Any]) -> None:
+    plain = build("t5", num_layers=1)
+    model = copy.deepcopy(plain)
+    imagen_fast.accelerate(model)
+    computed: list[Tensor] = []
+    with torch.no_grad():
+        for each in (plain, model):
+            each.encoder.block[0].register_forward_hook(
+                lambda module, args, output: computed.append(compute(output[1]))
+            )
+            features(each, attention_mask=None)
+    torch.testing.assert_close(computed[1], computed[0])

@@ -377,6 +377,25 @@ def test_in_16_bits(kind: str, dtype: torch.dtype) -> None:
     assert pictures.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.bfloat16}, {"memory_format": torch.channels_last}], ids=["bfloat16", "nhwc"]
+)
+@pytest.mark.parametrize("kind", CASCADES)
+def test_a_loss_without_gradients_has_the_same_noise(kind: str, options: dict[str, Any]) -> None:
+    results = []
+    for accelerated in (False, True):
+        model = cascade(kind)
+        if accelerated:
+            imagen_fast.accelerate(model, **options)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            loss = model(torch.rand(2, 3, 16, 16), text_embeds=text(), unet_number=2)
+        results.append((loss, torch.get_rng_state()))
+    (expected, state), (ours, our_state) = results
+    assert torch.equal(our_state, state)
+    torch.testing.assert_close(ours, expected, rtol=2e-2 if "dtype" in options else 1e-4, atol=0)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("method", ["p_mean_variance", "predict_start_from_noise", "q_posterior"])
 def test_methods_that_the_caller_has_replaced_are_called(method: str, when: str) -> None:
@@ -400,3 +419,23 @@ def test_methods_that_the_caller_has_replaced_are_called(method: str, when: str)
     assert len(calls) == 2 * count > 0
     torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(state, state_after)
+
+
+def test_the_times_of_a_sampling_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device each reading waits for all that was queued."""
+    model = cascade()
+    imagen_fast.accelerate(model)
+    cls = type(vars(model)["p_sample"])
+    known, on_host = [], cls._on_host
+
+    def watched(self: Any, t: Tensor) -> Tensor:
+        there = on_host(self, t)
+        assert torch.equal(there, t)
+        known.append(self._times)
+        return there
+
+    monkeypatch.setattr(cls, "_on_host", watched)
+    sampled(model)
+    assert len(known) == 2 * 2 * 4  # two models, two times of each of four steps
+    assert len({id(times) for times in known}) == 2
+    assert None not in known
