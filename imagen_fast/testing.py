@@ -189,10 +189,11 @@ def _results_and_gradients(op: Callable[..., Any], arguments: dict[str, Any]) ->
     bound, leaves = _with_leaves(op, arguments)
     with torch.enable_grad():
         outputs = _outputs(op(*bound.args, **bound.kwargs))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     # Rounded to the narrowest dtype, so that all three runs start from the same numbers.
     weights = [
-        torch.randn(output.shape, generator=generator).bfloat16().to(output.device, output.dtype) for output in outputs
+        torch.randn(output.shape, generator=generator, device="cpu").bfloat16().to(output.device, output.dtype)
+        for output in outputs
     ]
     reached = [i for i, output in enumerate(outputs) if output.requires_grad]
     gradients = torch.autograd.grad(
@@ -334,6 +335,9 @@ def _hold_model(
 
 
 def _check_comparable(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:
+    for what, given in {"ours": ours, "eager": eager, "truth": truth}.items():
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{what} must be a tensor, got {type(given).__name__}")
     if truth.dtype != torch.float64:
         raise TypeError(f"truth must be float64, got {truth.dtype}")
     if not ours.dtype.is_floating_point:
@@ -374,4 +378,6 @@ def _floor(ours: Tensor, ulps: float) -> float:
 
 
 def _rms(values: Tensor) -> float:
-    return math.sqrt(values.square().mean().item()) if values.numel() else 0.0
+    """Root mean square of finite values, of which even the largest can be squared once they are scaled."""
+    largest = values.abs().max().item() if values.numel() else 0.0
+    return largest * math.sqrt((values / largest).square().mean().item()) if largest else 0.0

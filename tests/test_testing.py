@@ -149,6 +149,19 @@ def test_rejects_another_shape_or_dtype() -> None:
         assert_as_accurate(ours.int(), eager.int(), truth)
 
 
+def test_numbers_whose_squares_overflow_are_compared() -> None:
+    truth = torch.tensor([1e300, 2e300], dtype=torch.float64)
+    assert_model_as_accurate(truth, truth, truth)
+    with pytest.raises(AssertionError, match="less accurate"):
+        assert_model_as_accurate(1.1 * truth, truth, truth)
+
+
+def test_arrays_are_refused_by_name() -> None:
+    x = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(TypeError, match="eager must be a tensor, got ndarray"):
+        assert_as_accurate(x, x.numpy(), x)  # type: ignore[arg-type]
+
+
 def test_accepts_empty_results() -> None:
     assert_as_accurate(*three_results(torch.float32, (0, 3)))
     assert_model_as_accurate(*three_results(torch.float32, (0, 3)))

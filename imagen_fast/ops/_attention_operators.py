@@ -124,8 +124,12 @@ def no_second_derivative(backend: str) -> Callable[..., None]:
 
 
 def with_dense_rows(x: Tensor) -> Tensor:
-    """x itself if its last dimension is dense, else a copy."""
-    return x if has_dense_rows(x) else x.contiguous()
+    """x itself if its last dimension is dense, else a copy; of heads (B, H, L, D) in their order in memory."""
+    if has_dense_rows(x):
+        return x
+    if x.dim() == 4 and heads_are_inner(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
 
 
 def define(library: torch.library.Library, backend: str) -> Callable[..., Any]:

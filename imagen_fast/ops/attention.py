@@ -180,7 +180,7 @@ def _check_scale(scale: float | None) -> float | None:
         return None
     if not _checks.is_number(scale):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # (comparisons can be traced)
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 

@@ -176,6 +176,13 @@ def test_other_strides_of_parameters_are_copied_and_explain_says_so(backend: str
     )
 
 
+def test_what_is_copied_keeps_the_order_of_heads(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(2, 5, 3, 16, 3, generator=generator).transpose(1, 2).unbind(4)
+    assert_op_as_accurate(ops.attention, q, k, v)
+    assert ops.attention(q, k, v).transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("missing", ["samples", "queries"])
 @pytest.mark.parametrize("strided", ["key_mask", "bias"])
 def test_strides_of_nothing(kernel: str, missing: str, strided: str) -> None:

@@ -115,3 +115,10 @@ def test_meta_tensors() -> None:
     q = torch.empty(2, 4, 9, 16, device="meta", dtype=torch.bfloat16)
     out = ops.attention(q, q, q)
     assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "meta")
+
+
+def test_a_scale_may_be_an_argument_of_a_compiled_function() -> None:
+    x = torch.randn(1, 2, 5, 16)
+    attend = torch.compile(lambda x, scale: ops.attention(x, x, x, scale=scale), fullgraph=True, backend="aot_eager")
+    for scale in (0.25, 0.5, 0.75):
+        assert torch.equal(attend(x, scale), ops.attention(x, x, x, scale=scale))
