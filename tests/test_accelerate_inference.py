@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import json
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -252,6 +254,22 @@ def test_packed_weights_can_be_bounded() -> None:
     assert packed_in(model) == []
     imagen_fast.restore(model)
     assert torch.equal(run(model), before)
+
+
+def test_a_model_that_was_restored_is_freed_at_once() -> None:
+    model = build()
+    imagen_fast.accelerate(model)
+    for _ in range(4):
+        run(model)
+    imagen_fast.restore(model)
+    weight = weakref.ref(model.conv_in.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_of_layers_alone_has_nothing_to_swap() -> None:

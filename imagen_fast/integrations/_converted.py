@@ -96,10 +96,10 @@ class ConvertedForward(FusedMethod):
                     value = value.to(own)
                 return value.contiguous() if value.dim() == 4 and layouts == {True} else value
 
-            sizes = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")  # of pictures, embedded like times
+            sizes = [values["time_ids"] for values in _with_sizes(args, kwargs)]
             args, kwargs = tree_map(enter, (args, kwargs))
-            if sizes is not None:
-                kwargs["added_cond_kwargs"]["time_ids"] = sizes
+            for values, given in zip(_with_sizes(args, kwargs), sizes, strict=True):
+                values["time_ids"] = given
             return tree_map(leave, forward(self.owner, *args, **kwargs))
 
     @contextmanager
@@ -144,6 +144,11 @@ class ConvertedForward(FusedMethod):
                 copy = nn.Parameter(copy, requires_grad=False)
         self._copies[id(tensor)] = Seen(tensor), copy
         return copy
+
+
+def _with_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments that hold sizes of pictures (diffusers' `added_cond_kwargs`), which are embedded like times."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "time_ids" in value]
 
 
 def _floating(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]] | None:

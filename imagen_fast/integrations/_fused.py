@@ -169,8 +169,7 @@ def take_form(module: Any, cls: type) -> None:
 
 def give_back(module: Any) -> None:
     """Give a fused module the class that it had, and an object its class's methods; leave any other."""
-    if isinstance(module, nn.Module):
-        drop(module)
+    forget(module)
     if isinstance(module, Fused):
         take_form(module, _original_class(module))
     for holder in _holders(module):

@@ -402,7 +402,10 @@ def test_sizes_of_pictures_stay_in_float32() -> None:
     with torch.no_grad():
         truth, eager = copy.deepcopy(model).double()(**wide).sample, half(**cast).sample
         imagen_fast.accelerate(model, dtype=torch.bfloat16)
-        assert_model_as_accurate(model(**given).sample, eager.float(), truth)
+        ours = model(**given).sample
+        assert_model_as_accurate(ours, eager.float(), truth)
+        first = (given["sample"], given["timestep"], given["encoder_hidden_states"])
+        assert torch.equal(model(*first, None, None, None, None, added).sample, ours)
 
 
 def test_replicas_leave_a_model_with_hooks_as_it_is(kind: str) -> None:
