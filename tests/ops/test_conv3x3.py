@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imagen_fast import _native
 from imagen_fast.ops import _conv3x3
-from imagen_fast.testing import assert_as_accurate
+from imagen_fast.testing import assert_as_accurate, assert_model_as_accurate
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -73,6 +73,16 @@ def test_every_size(
 def test_every_range(kernel: str, dtype: torch.dtype, mean: float, scale: float) -> None:
     x = random(2, 32, 12, 13, dtype=dtype, mean=mean, scale=scale)
     compare(x, random(32, 32, 3, 3, dtype=dtype, scale=0.05), random(32, dtype=dtype), None)
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+def test_float32_is_as_accurate_as_eager_in_nchw(kernel: str, channels: int) -> None:
+    """To 1.5 times its error, as models are held to it; the floor of single results would hide what sums round away."""
+    x = random(1, channels, 8, 9, dtype=torch.float32)
+    weight = random(channels, channels, 3, 3, dtype=torch.float32, scale=channels**-0.5 / 3)
+    ours = _conv3x3.conv3x3(x, _conv3x3.transformed(weight), None, None, channels)
+    eager = F.conv2d(x.contiguous(), weight.contiguous(), padding=1)
+    assert_model_as_accurate(ours, eager, F.conv2d(x.double(), weight.double(), padding=1))
 
 
 def test_wrong_arguments_are_refused() -> None:
