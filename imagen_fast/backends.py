@@ -28,11 +28,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch.autograd import forward_ad
 
 from . import _cuda, _native, _triton
 from ._autograd import run_operator as run_operator  # what an op's module needs stands here
-from ._tracing import traced_as_constant
+from ._tracing import traced_as_constant, transforms_active
 from .errors import UserError
 
 logger = logging.getLogger("imagen_fast")
@@ -160,11 +159,6 @@ def is_strict() -> bool:
     return _state.selection.strict
 
 
-@traced_as_constant
-def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 _DTYPE_NAMES = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -283,7 +277,7 @@ class Op(Generic[Call]):
             reason = _cuda.device_reason(call[0].device.index)
         if reason is not None:
             return reason
-        if _transforms_active():
+        if transforms_active():
             return "kernels do not see torch.func transforms and forward-mode differentiation, which are active"
         for requirement in backend.requires:
             reason = requirement(call)

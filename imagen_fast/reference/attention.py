@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .._tracing import traced_as_constant
+from .._tracing import transforms_active
 
 
 class RelativePositionBias(NamedTuple):
@@ -124,14 +123,9 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         with torch.autocast(device, enabled=False):
             return _attended(q, k, v, mask, scale)
     grouped = bool(q.shape[1] != k.shape[1])
-    if _transforms_active():  # its kernels have no forward-mode derivative, and do not see that a mask needs a gradient
+    if transforms_active():  # its kernels have no forward-mode derivative, and do not see that a mask needs a gradient
         return torch._scaled_dot_product_attention_math(q, k, v, mask, scale=scale, enable_gqa=grouped)[0]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
-
-
-@traced_as_constant
-def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _without_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
