@@ -13,6 +13,8 @@ import imagen_fast
 from imagen_fast import _native, layout, ops
 from imagen_fast.testing import assert_op_as_accurate
 
+from .conftest import assert_saved_tensors_may_be_restrided
+
 needs_library = pytest.mark.skipif(_native.unavailable_reason() is not None, reason="the C++ library is not built")
 
 
@@ -275,18 +277,8 @@ class TestModule:
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 def test_saved_tensors_may_come_back_in_other_strides(backend: str, nhwc: bool) -> None:
-    """As from hooks that offload or compress them."""
     x, dy = (torch.randn(2, 8, 5, 3) for _ in range(2))
     x, weight = (layout.channels_last(x) if nhwc else x).requires_grad_(), torch.randn(8, requires_grad=True)
     leaves = [x, weight]
 
-    def run() -> Tensor:
-        return ops.channel_rms_norm_act(x, weight)
-
-    expected = torch.autograd.grad(run(), leaves, dy)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: saved, lambda saved: torch.stack([saved] * 2, -1)[..., 0]
-    ):
-        y = run()
-    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_saved_tensors_may_be_restrided(lambda: ops.channel_rms_norm_act(x, weight), leaves, dy)

@@ -15,6 +15,8 @@ import imagen_fast
 from imagen_fast import _native, layout, ops, use_backend
 from imagen_fast.testing import assert_op_as_accurate
 
+from .conftest import assert_saved_tensors_may_be_restrided
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 approximations = pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -104,20 +106,10 @@ def test_the_gradient_of_one_tensor_alone_is_the_same(kernel: str, needed: str) 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
 def test_saved_tensors_may_come_back_in_other_strides(backend: str, packed: bool) -> None:
-    """As from hooks that offload or compress them."""
     call = {name: x.requires_grad_() for name, x in arguments((2, 5, 24), packed=packed).items() if x is not None}
     leaves, dy = list(call.values()), torch.randn(2, 5, 24)
 
-    def run() -> Tensor:
-        return ops.gated_gelu(**call)
-
-    expected = torch.autograd.grad(run(), leaves, dy)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: saved, lambda saved: torch.stack([saved] * 2, -1)[..., 0]
-    ):
-        y = run()
-    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_saved_tensors_may_be_restrided(lambda: ops.gated_gelu(**call), leaves, dy)
 
 
 def test_halves_of_one_tensor_are_what_it_packs(kernel: str) -> None:

@@ -16,6 +16,8 @@ import imagen_fast
 from imagen_fast import _native, layout, ops, use_backend
 from imagen_fast.testing import assert_as_accurate, assert_op_as_accurate
 
+from .conftest import assert_saved_tensors_may_be_restrided
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 with_residual = pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -187,20 +189,10 @@ def test_the_sum_requires_a_gradient_where_one_of_its_terms_does(backend: str, n
 
 
 def test_saved_tensors_may_come_back_in_other_strides(backend: str) -> None:
-    """As from hooks that offload or compress them."""
     call = {name: x.requires_grad_() for name, x in arguments((2, 5, 40)).items()}
     leaves, dy = list(call.values()), [torch.randn(2, 5, 40) for _ in range(2)]
 
-    def run() -> Any:
-        return ops.rms_norm(**call)
-
-    expected = torch.autograd.grad(run(), leaves, dy)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: saved, lambda saved: torch.stack([saved] * 2, -1)[..., 0]
-    ):
-        y = run()
-    for ours, theirs in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_saved_tensors_may_be_restrided(lambda: ops.rms_norm(**call), leaves, dy)
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "residual"])
